@@ -1,0 +1,72 @@
+"""Checks of arguments: each error names the argument, the value received and the remedy."""
+
+import inspect
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+
+def check_positive_integer(name: str, value: Any) -> None:
+    """Raise unless `value` is a Python integer of at least 1."""
+    _check_integer(name, value, 1)
+
+
+def check_natural_number(name: str, value: Any) -> None:
+    """Raise unless `value` is a Python integer of at least 0."""
+    _check_integer(name, value, 0)
+
+
+def check_tolerance(name: str, value: Any, optional: bool = False) -> None:
+    """Raise unless `value` is a nonnegative real scalar, or `None` where that is allowed."""
+    if value is None and optional:
+        return
+    alternative = " or None for the default" if optional else ""
+    remedy = f"Pass a nonnegative number such as 1e-6{alternative}."
+    if isinstance(value, bool) or not eqx.is_array_like(value):
+        raise TypeError(f"{name} must be a real number, got {value!r}. {remedy}")
+    if jnp.shape(value) != () or jnp.iscomplexobj(value):
+        raise ValueError(f"{name} must be a real scalar, got {value!r}. {remedy}")
+    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < float("inf"):
+        raise ValueError(f"{name} must be nonnegative and finite, got {value!r}. {remedy}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless `value` is `True` or `False`."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_instance(name: str, value: Any, kinds: tuple[type, ...], example: str) -> None:
+    """Raise unless `value` is an instance of one of `kinds`; a class gets a hint of its own."""
+    if isinstance(value, kinds):
+        return
+    if inspect.isclass(value):
+        raise TypeError(
+            f"{name} must be an instance and is the class {value.__name__}. "
+            f"Call it: {name}={example}."
+        )
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise TypeError(
+        f"{name} must be an instance of {names}, got {value!r} of type {type(value).__name__}. "
+        f"Pass for example {name}={example}."
+    )
+
+
+def check_callable(name: str, value: Any, remedy: str) -> None:
+    """Raise unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(
+            f"{name} must be a function, got {value!r} of type {type(value).__name__}. {remedy}"
+        )
+
+
+def _check_integer(name, value, least):
+    remedy = f"Pass a Python integer of at least {least}."
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} of type {type(value).__name__}. {remedy}"
+        )
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}. {remedy}")

@@ -1,0 +1,296 @@
+"""L-BFGS: `optax.lbfgs` inside `jax.lax.while_loop`, and the checks that make it dependable.
+
+Nocedal & Wright, Numerical Optimization (2006), algorithms 7.4 and 7.5, with the line search of
+algorithms 3.5 and 3.6. Optax proposes each step. The loop here takes it only if the objective does
+not rise and everything is finite, keeps its curvature pair only if that is positive, restarts the
+memory otherwise, and says how it ended.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from difflbfgs import _curvature, _stopping, _trial, _vector
+from difflbfgs._checks import (
+    check_flag,
+    check_natural_number,
+    check_positive_integer,
+    check_tolerance,
+)
+from difflbfgs._curvature import Pair
+from difflbfgs._problem import Problem
+from difflbfgs._solution import Stats, count
+from difflbfgs._stopping import Patience, Scale
+from difflbfgs._trial import Trial
+from difflbfgs._vector import Flag, Scalar, Vector
+from difflbfgs._watch import Step, watch
+
+
+class LBFGS(eqx.Module):
+    """Limited-memory BFGS with a strong-Wolfe line search.
+
+    It stops at `‖∇f(x)‖₂ <= atol + rtol · reference`. The reference is the gradient norm at the
+    start, but at least 1/100 of `c · l` at the start and at most `c · l` at `x`. Here `c` is the
+    largest curvature `‖y‖/‖s‖` met of late, fading by a factor of four with every step, and
+    `l = min(1, max(‖x‖, ‖x - x0‖))` a length. The reference scales with the objective; a far-off
+    start does not loosen the test and a start next to the minimum does not put it out of reach.
+    A warm start keeps the reference of the solve that it continues.
+
+    A step costs one or a few evaluations of the objective with its gradient and about
+    `4 · memory_size · n` multiplications; memory is about `2 · memory_size + 15` vectors.
+
+    Args:
+        rtol: relative tolerance on the gradient norm. `None`: square root of the working dtype's
+            machine epsilon, 1.5e-8 in float64 and 3.5e-4 in float32.
+        atol: absolute tolerance on the gradient norm.
+        memory_size: number of curvature pairs kept.
+        linesearch: an Optax line search transformation. `None`: Optax's zoom search, with 20
+            evaluations at most, for the strong Wolfe conditions with constants 1e-4 and 0.9.
+        polish: number of Newton-CG steps that follow; 0 for none.
+        flatten: work on one flat vector. `False` keeps the leaves of `x0` and their sharding.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if a tolerance is negative, or a count too small.
+    """
+
+    rtol: Any = None
+    atol: Any = 0.0
+    memory_size: int = eqx.field(default=10, static=True)
+    linesearch: Any = None
+    polish: int = eqx.field(default=1, static=True)
+    flatten: bool = eqx.field(default=True, static=True)
+
+    def __check_init__(self):
+        check_tolerance("rtol", self.rtol, optional=True)
+        check_tolerance("atol", self.atol)
+        check_positive_integer("memory_size", self.memory_size)
+        check_natural_number("polish", self.polish)
+        check_flag("flatten", self.flatten)
+        check_linesearch(self.linesearch)
+
+    def engine(self, eps: float) -> optax.GradientTransformationExtraArgs:
+        """Return the Optax transformation; `eps` bounds how far its search may let f rise."""
+        search = self.linesearch
+        if search is None:
+            search = optax.scale_by_zoom_linesearch(
+                max_linesearch_steps=20, approx_dec_rtol=10 * eps, initial_guess_strategy="one"
+            )
+        return optax.lbfgs(memory_size=self.memory_size, linesearch=search)
+
+
+class WarmStart(eqx.Module):
+    """What one solve hands to the next: minimizer, memory, and the scale of things."""
+
+    x: Vector
+    g: Vector
+    memory: optax.ScaleByLBFGSState
+    reference: Scalar
+    curvature: Scalar
+
+
+class Outcome(eqx.Module):
+    """Where a solve stopped, in the terms of the interior."""
+
+    x: Vector
+    f: Scalar
+    result: Any
+    stats: Stats
+    state: Any
+
+
+class _Progress(eqx.Module):
+    x: Vector
+    f: Scalar
+    g: Vector
+    engine: Any
+    scale: Scale
+    reference: Scalar
+    least_f: Scalar
+    least_grad_norm: Scalar
+    patience: Patience
+    predicted: Scalar  # decrease predicted by the step last rejected; inf if it was accepted
+    fresh: Flag  # nothing was accepted since the memory was last restarted
+    done: Flag
+    result: Any
+    num_steps: Int[Array, ""]
+    num_fun_evals: Int[Array, ""]
+
+
+def run(
+    problem: Problem,
+    x0: Vector,
+    warm: WarmStart | None,
+    solver: LBFGS,
+    max_steps: int,
+    callback: Callable[[Step], None] | None,
+) -> Outcome:
+    """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
+    with jax.numpy_dtype_promotion("standard"):
+        engine = solver.engine(_vector.epsilon(x0))
+        start = _begin(problem, engine, solver, x0, warm)
+
+        def unfinished(now: _Progress):
+            return ~now.done & (now.num_steps < max_steps)
+
+        def advance(now: _Progress):
+            trial = _trial.propose(problem, engine, now.engine, now.x, now.f, now.g, now.done)
+            after = _judge(trial, now, start.x, engine, solver, fixed_reference=warm is not None)
+            record = Step(
+                num_steps=after.num_steps,
+                num_fun_evals=after.num_fun_evals,
+                objective=after.f,
+                grad_norm=_vector.norm(after.g),
+                step_size=jnp.where(jnp.isinf(after.predicted), trial.step_size, 0),
+            )
+            watch(callback, record)
+            return after
+
+        end = jax.lax.while_loop(unfinished, advance, start)
+    stats = Stats(
+        num_steps=end.num_steps,
+        num_fun_evals=end.num_fun_evals,
+        num_hvps=count(0),
+        grad_norm=_vector.norm(end.g),
+        reference_grad_norm=end.reference,
+    )
+    state = WarmStart(end.x, end.g, end.engine[0], end.reference, end.scale.curvature)
+    return Outcome(end.x, end.f, end.result, stats, state)
+
+
+def _begin(problem, engine, solver, x0, warm) -> _Progress:
+    """Evaluate the starting point and give the memory its first pair."""
+    if warm is None:
+        x, evaluations = x0, 2
+        f, g, pair = _trial.probe(problem, x)
+        curvature = pair.curvature()
+    else:
+        x, evaluations = warm.x, 1
+        f, g = problem.value_and_gradient(x)
+        pair, curvature = _curvature.newest(warm.memory, warm.x, warm.g), warm.curvature
+    x_norm, grad_norm = _vector.norm(x), _vector.norm(g)
+    # The first step is as long as the curvature says, within 100 times the size of x.
+    room = jnp.maximum(1, x_norm)
+    believed = jnp.isfinite(curvature) & (grad_norm <= 100 * room * curvature)
+    curvature = jnp.where(believed, curvature, grad_norm / room)
+    trusted = believed & pair.is_curved()
+    pair = optax.tree.where(trusted, pair, _curvature.isotropic(x, g, curvature))
+    memory, *others = engine.init(x)
+    if warm is not None:
+        memory = optax.tree.where(trusted, warm.memory, memory)
+    memory = _curvature.moved(memory, x, g, pair)
+
+    scale = Scale.first(grad_norm, curvature, x_norm)
+    reference = scale.reference()
+    if warm is not None:
+        reference = jnp.where(trusted, warm.reference, reference)
+    nothing = jnp.asarray(False)
+    done, result = _stopping.ending(
+        successful=_stopping.passes(grad_norm, solver.atol, solver.rtol, reference, scale.local),
+        unbounded=nothing,
+        noise=_stopping.at_noise_level(f, grad_norm, jnp.full_like(f, jnp.inf), scale),
+        stuck=nothing,
+        nonfinite_start=~(jnp.isfinite(f) & jnp.isfinite(grad_norm)),
+    )
+    return _Progress(
+        x=x,
+        f=f,
+        g=g,
+        engine=(memory, *others),
+        scale=scale,
+        reference=reference,
+        least_f=f,
+        least_grad_norm=grad_norm,
+        patience=Patience(count(0), count(0)),
+        predicted=jnp.full_like(f, jnp.inf),
+        fresh=jnp.asarray(True),
+        done=done,
+        result=result,
+        num_steps=count(0),
+        num_fun_evals=count(evaluations),
+    )
+
+
+def _judge(trial: Trial, now: _Progress, x0, engine, solver, fixed_reference) -> _Progress:
+    """Accept or reject the trial, keep or drop its pair, and see whether that was the end."""
+    pair = Pair(optax.tree.sub(trial.x, now.x), optax.tree.sub(trial.g, now.g))
+    level = now.least_f + _stopping.rounding(now.least_f)
+    finite = jnp.isfinite(trial.f) & jnp.isfinite(_vector.norm((pair.s, trial.g)))
+    accepted = finite & (trial.f <= level) & ~_vector.is_zero(pair.s)
+    curved = accepted & pair.is_curved()
+    x, f, g = optax.tree.where(accepted, (trial.x, trial.f, trial.g), (now.x, now.f, now.g))
+    grad_norm = _vector.norm(g)
+
+    scale = _rescaled(now.scale, pair, accepted, curved, x, x0)
+    reference = now.reference if fixed_reference else scale.reference()
+    patience = _patience(trial, now, pair, accepted, grad_norm)
+    # After a restart, what the rejected quasi-Newton step promised counts, not what a step down
+    # the gradient does.
+    predicted = jnp.where(jnp.isinf(now.predicted), trial.predicted, now.predicted)
+    waiting = accepted & ~patience.exhausted()
+    done, result = _stopping.ending(
+        successful=_stopping.passes(grad_norm, solver.atol, solver.rtol, reference, scale.local),
+        unbounded=(trial.f == -jnp.inf) | patience.unbounded(),
+        noise=_stopping.at_noise_level(f, grad_norm, jnp.where(waiting, jnp.inf, predicted), scale),
+        stuck=~waiting & (accepted | now.fresh),
+        nonfinite_start=jnp.asarray(False),
+    )
+    restarted = _restarted(trial.engine, engine.init(x), x, g, scale.curvature)
+    return _Progress(
+        x=x,
+        f=f,
+        g=g,
+        engine=optax.tree.where(curved, trial.engine, restarted),
+        scale=scale,
+        reference=reference,
+        least_f=jnp.minimum(f, now.least_f),
+        least_grad_norm=jnp.minimum(grad_norm, now.least_grad_norm),
+        patience=patience,
+        predicted=jnp.where(accepted, jnp.inf, predicted),
+        fresh=~accepted,
+        done=done,
+        result=result,
+        num_steps=now.num_steps + 1,
+        num_fun_evals=now.num_fun_evals + trial.num_fun_evals,
+    )
+
+
+def _rescaled(scale: Scale, pair: Pair, accepted, curved, x, x0) -> Scale:
+    """Return the scale of things after a step."""
+    travel = _vector.norm(optax.tree.sub(x, x0))
+    curvature = jnp.where(curved, pair.curvature(), 0)
+    after = scale.after(_vector.norm(pair.s), curvature, _vector.norm(x), travel)
+    return optax.tree.where(accepted, after, scale)
+
+
+def _patience(trial: Trial, now: _Progress, pair: Pair, accepted, grad_norm) -> Patience:
+    """Count the steps that made no progress, and those that found no bottom."""
+    progress = (trial.f < now.least_f - _stopping.rounding(now.least_f)) | (
+        grad_norm < 0.5 * now.least_grad_norm
+    )
+    steep = optax.tree.vdot(trial.g, pair.s) <= 0.9 * optax.tree.vdot(now.g, pair.s)
+    runaway = accepted & steep & (trial.step_size >= _stopping.RUNAWAY_STEP)
+    return Patience(
+        stalled=jnp.where(accepted & progress, 0, now.patience.stalled + accepted),
+        runaway=jnp.where(runaway, now.patience.runaway + 1, 0),
+    )
+
+
+def _restarted(state, initial, x, g, curvature):
+    """Return the engine's state with its memory emptied, about to step down the gradient."""
+    pair = _curvature.isotropic(x, g, curvature)
+    return _curvature.emptied(_curvature.moved(state[0], x, g, pair)), *initial[1:]
+
+
+def check_linesearch(value: Any) -> None:
+    """Raise unless `value` is `None` or an Optax transformation."""
+    if value is not None and not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"linesearch must be an Optax line search transformation, got {value!r}. Pass for "
+            "example optax.scale_by_backtracking_linesearch(30), or None for the zoom search."
+        )

@@ -1,0 +1,128 @@
+"""`minimize`: from the user's problem through border, solver and rule to a `Solution`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from difflbfgs import _lbfgs, _unrolled
+from difflbfgs._adjoint import AbstractAdjoint, ImplicitAdjoint, Task
+from difflbfgs._checks import (
+    check_callable,
+    check_flag,
+    check_instance,
+    check_positive_integer,
+)
+from difflbfgs._lbfgs import LBFGS, Outcome, WarmStart
+from difflbfgs._problem import check_same_shape, make_problem, make_variables
+from difflbfgs._solution import Solution, has_converged
+from difflbfgs._unrolled import Unrolled, UnrolledState
+
+
+def minimize(
+    fun: Callable,
+    x0: PyTree,
+    theta: PyTree = None,
+    *,
+    solver: LBFGS | Unrolled = LBFGS(),
+    adjoint: AbstractAdjoint = ImplicitAdjoint(),
+    has_aux: bool = False,
+    max_steps: int = 1000,
+    throw: bool = True,
+    state: Any = None,
+    callback: Callable | None = None,
+) -> Solution:
+    """Minimize `fun(x, theta)` over `x`, such that the minimizer is differentiable by `theta`.
+
+    Computes `x*(θ) = argmin_x f(x, θ)`. The derivative is the implicit function theorem's,
+    `dx*/dθ = -H⁻¹ B` with `H = ∇²ₓₓf` and `B = ∂_θ∇ₓf` at the minimizer; no iteration is unrolled.
+    The derivative by `x0` and by `state` is exactly zero, since the minimizer does not depend on
+    them. Values that `fun` closes over are differentiated like those in `theta`.
+
+    Outside `jax.jit` each call traces `fun` and compiles the solve anew, a second or so; wrap
+    repeated calls in `jax.jit`.
+
+    Args:
+        fun: the objective, `fun(x, theta)`, a real scalar; a pair `(objective, aux)` under
+            `has_aux`. Twice differentiable by JAX.
+        x0: starting point, any PyTree. Its floating-point and complex leaves are minimized over,
+            all others are passed through. The work is done in one real dtype, to which the leaves
+            promote, float32 at least; complex leaves are minimized over real and imaginary part.
+        theta: what to differentiate by, any PyTree.
+        solver: `LBFGS(...)`, or `Unrolled(...)`, whose derivative goes through its iterations.
+        adjoint: `ImplicitAdjoint(...)` or `ForwardImplicitAdjoint(...)`.
+        has_aux: whether `fun` returns an auxiliary output as well.
+        max_steps: bound on the steps of `LBFGS`.
+        throw: raise, in the primal and in every derivative, jitted or not, if the solve or its
+            adjoint did not converge. If `False`, `result` says what happened and the derivative of
+            a failed solve is NaN, or zero where its cotangent is zero.
+        state: `state` of an earlier solution, for a warm start: the solve begins at its minimizer
+            instead of at `x0`, with its memory and its reference gradient norm.
+        callback: called as `callback(step)` with a `difflbfgs.Step` after every step of `LBFGS`.
+
+    Returns:
+        A `difflbfgs.Solution`.
+
+    Raises:
+        TypeError: if an argument has the wrong type, or `fun` returns something else.
+        ValueError: if `x0` has nothing to minimize over, or a value is out of range.
+        RuntimeError: if the solve or its adjoint did not converge and `throw` is set.
+
+    References:
+        J. Nocedal and S. J. Wright, Numerical Optimization, 2nd ed., Springer, 2006.
+        M. Blondel et al., Efficient and modular implicit differentiation, NeurIPS 2022.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, difflbfgs as dl
+        >>> def ridge(w, penalty):
+        ...     return jnp.sum((w - jnp.arange(3.0)) ** 2) + penalty * jnp.sum(w**2)
+        >>> def outer(penalty):
+        ...     return jnp.sum(dl.minimize(ridge, jnp.zeros(3), penalty).value)
+        >>> print(f"{outer(0.5):.4f} {jax.grad(outer)(0.5):.4f}")
+        2.0000 -1.3333
+    """
+    check_callable("fun", fun, "It is called as fun(x, theta).")
+    check_instance("solver", solver, (LBFGS, Unrolled), "LBFGS()")
+    check_instance("adjoint", adjoint, (AbstractAdjoint,), "ImplicitAdjoint()")
+    check_flag("has_aux", has_aux)
+    check_positive_integer("max_steps", max_steps)
+    check_flag("throw", throw)
+    if callback is not None:
+        check_callable("callback", callback, "Pass for example callback=progress_bar().")
+    variables = make_variables(x0, solver.flatten)
+    x = variables.to_vector(x0)
+    problem = make_problem(fun, theta, variables, x, has_aux)
+    if isinstance(solver, Unrolled):
+        _check_state(state, UnrolledState, x)
+        outcome = _unrolled.run(problem, x, jax.lax.stop_gradient(state), solver)
+        outcome = _raised(outcome) if throw else outcome
+    else:
+        _check_state(state, WarmStart, x)
+        run = functools.partial(_lbfgs.run, max_steps=max_steps, callback=callback)
+        x, state = jax.lax.stop_gradient((x, state))
+        task = Task(x, state, solver, adjoint, run, throw)
+        outcome = adjoint.differentiable(task, problem)
+    return Solution(
+        value=variables.outside(outcome.x),
+        objective=outcome.f,
+        aux=problem.aux(outcome.x) if has_aux else None,
+        result=outcome.result,
+        stats=outcome.stats,
+        state=outcome.state,
+    )
+
+
+def _raised(outcome: Outcome) -> Outcome:
+    return outcome.result.error_if(outcome, ~has_converged(outcome.result))
+
+
+def _check_state(state, kind, x) -> None:
+    if state is not None:
+        if not isinstance(state, kind):
+            raise TypeError(
+                f"state must be the state of an earlier Solution of the same solver, got {state!r} "
+                f"of type {type(state).__name__}. Pass state=solution.state."
+            )
+        check_same_shape(state.x, x)

@@ -1,0 +1,191 @@
+"""The border: the user's problem in, `objective(vector)` out, and the answer back.
+
+Everything behind this module sees a vector of real numbers of one dtype and an objective of that
+vector alone. Equinox modules, static leaves, mixed or low precision, complex leaves, `theta`,
+closures and auxiliary outputs are dealt with here and nowhere else.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from difflbfgs import _vector
+from difflbfgs._vector import Scalar, Vector
+
+
+class Problem(eqx.Module):
+    """`min_x f(x)`; whatever `f` depends on, `theta` or closed over, is a leaf of this module."""
+
+    objective: Callable[[Vector], tuple[Scalar, PyTree]]
+
+    def value(self, x: Vector) -> Scalar:
+        """Return `f(x)`."""
+        return self.objective(x)[0]
+
+    def aux(self, x: Vector) -> PyTree:
+        """Return the auxiliary output at `x`."""
+        return self.objective(x)[1]
+
+    def gradient(self, x: Vector) -> Vector:
+        """Return the gradient of `f` at `x`."""
+        return jax.grad(self.value)(x)
+
+    def value_and_gradient(self, x: Vector) -> tuple[Scalar, Vector]:
+        """Return `f` and its gradient at `x`."""
+        return jax.value_and_grad(self.value)(x)
+
+
+class Variables(eqx.Module):
+    """The shape of the user's variables: how to read them from a vector, and back.
+
+    Complex leaves are pairs of real ones. `template` holds abstract arrays for the leaves that are
+    minimized over and `static` everything else.
+    """
+
+    template: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
+    static: PyTree
+    dtype: Any = eqx.field(static=True)
+    flatten: bool = eqx.field(static=True)
+
+    def to_vector(self, x: PyTree) -> Vector:
+        """Return the inexact leaves of `x` as one vector of the working dtype."""
+        leaves = jax.tree.leaves(eqx.filter(x, _vector.is_inexact))
+        parts = [part.astype(self.dtype) for leaf in leaves for part in _real_parts(leaf)]
+        return jnp.concatenate([part.ravel() for part in parts]) if self.flatten else parts
+
+    def inside(self, vector: Vector) -> PyTree:
+        """Return `vector` in the user's structure and the working precision."""
+        return self._restore(vector, lambda leaf, _: leaf)
+
+    def outside(self, vector: Vector) -> PyTree:
+        """Return `vector` in the user's structure and the user's dtypes."""
+        return self._restore(vector, lambda leaf, like: leaf.astype(like.dtype))
+
+    def _restore(self, vector, cast):
+        templates, structure = jax.tree.flatten(self.template)
+        parts = iter(self._cut(vector, templates) if self.flatten else vector)
+        leaves = [
+            cast(jax.lax.complex(next(parts), next(parts)) if _is_complex(like) else next(parts), like)
+            for like in templates
+        ]
+        return eqx.combine(jax.tree.unflatten(structure, leaves), self.static)
+
+    def _cut(self, vector, templates):
+        shapes = [like.shape for like in templates for _ in range(2 if _is_complex(like) else 1)]
+        ends = itertools.accumulate(math.prod(shape) for shape in shapes)
+        pieces = jnp.split(vector, list(ends)[:-1])
+        return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def make_variables(x0: PyTree, flatten: bool) -> Variables:
+    """Read the user's `x0`: which leaves are variables, and in which dtype to work.
+
+    Raises:
+        ValueError: if `x0` has no inexact array leaf, or none with an entry.
+    """
+    inexact, static = eqx.partition(x0, _vector.is_inexact)
+    leaves = jax.tree.leaves(inexact)
+    if sum(jnp.size(leaf) for leaf in leaves) == 0:
+        raise ValueError(
+            "x0 has nothing to minimize over: it needs at least one floating-point or complex "
+            f"array with at least one entry, and its leaves are {_describe(x0)}. "
+            "Write 0.0 for 0, or convert with jnp.asarray(x0, float)."
+        )
+    with jax.numpy_dtype_promotion("standard"):
+        promoted = jnp.result_type(*leaves)
+    real = jnp.finfo(promoted).dtype
+    working = jnp.dtype(jnp.float32) if real.itemsize < 4 else real
+    template = jax.tree.map(lambda leaf: jax.eval_shape(jnp.asarray, leaf), inexact)
+    return Variables(template, static, working, flatten)
+
+
+def make_problem(
+    fun: Callable, theta: PyTree, variables: Variables, x: Vector, has_aux: bool
+) -> Problem:
+    """Trace the user's objective once, and make all that it depends on a leaf.
+
+    Raises:
+        TypeError: if `fun` does not return a real scalar (with `has_aux`, one and an auxiliary).
+        ValueError: if `fun` returns an array that is not a scalar.
+    """
+
+    def objective(vector):
+        out = fun(variables.inside(vector), theta)
+        value, aux = _split(out, has_aux)
+        return _check_value(value).astype(variables.dtype), aux
+
+    return Problem(eqx.filter_closure_convert(objective, x))
+
+
+def _split(out, has_aux):
+    if not has_aux:
+        if isinstance(out, tuple | list):
+            raise TypeError(
+                f"fun must return a real scalar and returned a {type(out).__name__} of "
+                f"{len(out)} elements. If the second is an auxiliary output, pass has_aux=True."
+            )
+        return out, None
+    if isinstance(out, tuple) and len(out) == 2:
+        return out
+    raise TypeError(
+        "has_aux=True needs fun to return a pair (objective, aux), and it returned "
+        f"{_describe(out)}. Return such a pair, or drop has_aux=True."
+    )
+
+
+def _check_value(value):
+    if not eqx.is_array_like(value):
+        raise TypeError(
+            f"fun must return a real scalar and returned {value!r} of type "
+            f"{type(value).__name__}. Return the objective, for example jnp.sum(residual**2)."
+        )
+    value = jnp.asarray(value)
+    if value.shape != ():
+        raise ValueError(
+            f"fun must return a scalar and returned an array of shape {value.shape}. "
+            "Reduce it, for example with jnp.sum or jnp.mean."
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"fun must return a real floating-point scalar and returned one of dtype "
+            f"{value.dtype}. Take jnp.real or jnp.abs of a complex value; convert an integer."
+        )
+    return value
+
+
+def _real_parts(leaf):
+    leaf = jnp.asarray(leaf)
+    return (leaf.real, leaf.imag) if _is_complex(leaf) else (leaf,)
+
+
+def _is_complex(leaf):
+    return jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+
+
+def _describe(tree: PyTree) -> str:
+    kinds = [
+        f"{leaf.dtype}{list(leaf.shape)}" if eqx.is_array(leaf) else type(leaf).__name__
+        for leaf in jax.tree.leaves(tree)
+    ]
+    shown = ", ".join(kinds[:6]) + (", ..." if len(kinds) > 6 else "")
+    return shown or "none"
+
+
+def check_same_shape(state_vector: Vector, x: Vector) -> None:
+    """Raise a `ValueError` if a warm start's minimizer does not have the shape of `x0`."""
+    found, wanted = (jax.eval_shape(lambda v: v, v) for v in (state_vector, x))
+    if jax.tree.structure(found) != jax.tree.structure(wanted) or jax.tree.leaves(
+        found
+    ) != jax.tree.leaves(wanted):
+        raise ValueError(
+            f"state belongs to another problem: it was made for {_vector.size(state_vector)} "
+            f"variables ({_describe(state_vector)}) and x0 has {_vector.size(x)} "
+            f"({_describe(x)}). Drop state=, or pass the one of a solve with the same x0, "
+            "dtype and flatten."
+        )

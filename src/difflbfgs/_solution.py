@@ -1,0 +1,101 @@
+"""What a solve returns, and every way in which it can end."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import optimistix
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+_OptimistixResults: Any = optimistix.RESULTS
+
+
+class RESULTS(_OptimistixResults):
+    """How a solve ended. Each member's value is the message that its user reads.
+
+    `successful` and `precision_limit` count as converged. `max_steps_reached` and the other
+    members that are not listed here are inherited from Optimistix and Lineax.
+    """
+
+    precision_limit = (
+        "The rounding error of the objective hides any further decrease, and the gradient is at "
+        "that noise level: this is as close to the minimizer as this precision gets. For more "
+        "digits use float64, or subtract a large constant from the objective."
+    )
+    nonfinite_start = (
+        "The objective or its gradient is NaN or infinite at the starting point. Check `x0` and "
+        "the data for NaN, and start inside the objective's domain."
+    )
+    unbounded = (
+        "The objective falls without limit, so there is no minimizer. Check its sign, add a "
+        "regulariser, or bound the variables by a change of variables."
+    )
+    line_search_failed = (
+        "No acceptable step was found, not even along the steepest descent, and the gradient is "
+        "above the noise level. The objective may be non-smooth or discontinuous here, its "
+        "gradient wrong, or its variables badly scaled; the best point found is returned under "
+        "`throw=False`."
+    )
+    adjoint_not_converged = (
+        "The adjoint system H u = v was not solved: its true residual is above tolerance. H may "
+        "be singular with v outside its range, or too ill-conditioned for this precision. Add a "
+        "regulariser or a `ridge`, allow the linear solver more steps, or use float64."
+    )
+    indefinite_hessian = (
+        "The Hessian has negative curvature at the solution, which is therefore a saddle point "
+        "and not a minimum: the implicit derivative does not apply. Start elsewhere, or add a "
+        "regulariser."
+    )
+
+
+class Stats(eqx.Module):
+    """What a solve cost, and how close it came.
+
+    Attributes:
+        num_steps: trips of the solver's loop, rejected steps included.
+        num_fun_evals: evaluations of the objective together with its gradient.
+        num_hvps: Hessian-vector products.
+        grad_norm: 2-norm of the gradient at the returned point.
+        reference_grad_norm: the gradient norm to which `rtol` is relative.
+    """
+
+    num_steps: Int[Array, "*batch"]
+    num_fun_evals: Int[Array, "*batch"]
+    num_hvps: Int[Array, "*batch"]
+    grad_norm: Float[Array, "*batch"]
+    reference_grad_norm: Float[Array, "*batch"]
+
+
+class Solution(eqx.Module):
+    """The answer of `difflbfgs.minimize`.
+
+    Attributes:
+        value: the minimizer, in the structure and dtypes of `x0`.
+        objective: the objective at `value`, in the working dtype.
+        aux: the objective's auxiliary output at `value`; `None` without `has_aux`.
+        result: how the solve ended, a member of `difflbfgs.RESULTS`.
+        stats: a `difflbfgs.Stats`.
+        state: hand it to the next `minimize` as `state=` for a warm start.
+    """
+
+    value: PyTree
+    objective: Float[Array, "*batch"]
+    aux: PyTree
+    result: Any
+    stats: Stats
+    state: PyTree
+
+    @property
+    def converged(self) -> Bool[Array, "*batch"]:
+        """Whether `value` can be trusted as a minimizer."""
+        return has_converged(self.result)
+
+
+def has_converged(result: Any) -> Bool[Array, "*batch"]:
+    """Return whether `result` is one of the two members that count as converged."""
+    return (result == RESULTS.successful) | (result == RESULTS.precision_limit)
+
+
+def count(value: int) -> Int[Array, ""]:
+    """Return an integer statistic, in the dtype that all of them have."""
+    return jnp.asarray(value, jnp.int32)

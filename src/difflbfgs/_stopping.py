@@ -1,0 +1,124 @@
+"""When a solve is over: the gradient test, its reference, and the noise floor.
+
+All quantities scale with the objective, so that multiplying it by a constant changes no decision.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from difflbfgs._solution import RESULTS
+from difflbfgs._vector import Flag, Scalar
+
+# See `Scale`.
+_LEAST_REFERENCE = 1e-2
+_FADING = 0.25
+# Rounding errors of an objective and of its gradient, in units of eps times their size.
+_ROUNDING = 10.0
+# This many steps without progress beyond rounding end the solve, and so do this many line searches
+# that lengthened their step by at least so much and found the objective as steep as before.
+_STALLED = 5
+_RUNAWAY = 5
+RUNAWAY_STEP = 1e3
+
+
+class Scale(eqx.Module):
+    """What the solve knows about the size of things around the present point.
+
+    Attributes:
+        start: gradient norm at the start, but no less than a hundredth of the gradient that the
+            curvature there makes over one length.
+        curvature: largest `‖y‖/‖s‖` of late, fading by a factor of four with every step.
+        size: size of the variables, `max(‖x‖, min(1, ‖x - x0‖))`.
+        local: whether the newest step was no longer than ten times that.
+    """
+
+    start: Scalar
+    curvature: Scalar
+    size: Scalar
+    local: Flag
+
+    @staticmethod
+    def first(grad_norm: Scalar, curvature: Scalar, x_norm: Scalar) -> "Scale":
+        """Return the scale of things at the start, where the step to come tells the size."""
+        step_norm = grad_norm / jnp.where(curvature > 0, curvature, 1)
+        size = jnp.maximum(x_norm, jnp.minimum(1, step_norm))
+        least = _LEAST_REFERENCE * curvature * jnp.minimum(1, size)
+        return Scale(jnp.maximum(grad_norm, least), curvature, size, jnp.asarray(True))
+
+    def after(self, step_norm: Scalar, curvature: Scalar, x_norm: Scalar, travel: Scalar):
+        """Return the scale of things after a step that met this `curvature` (0: none)."""
+        size = jnp.maximum(x_norm, jnp.minimum(1, travel))
+        local = step_norm <= 10 * size
+        faded = jnp.where(local & self.local, _FADING, 0) * self.curvature
+        found = jnp.where(curvature > 0, jnp.maximum(curvature, faded), self.curvature)
+        return Scale(self.start, found, size, local)
+
+    def reference(self) -> Scalar:
+        """Return the gradient norm to which `rtol` is relative.
+
+        It is the gradient norm at the start, but no larger than the gradient that the present
+        curvature makes over one length, `min(1, size)`: a start from far away does not loosen
+        the test. Nor does a start next to the minimum put it out of reach (see `start`).
+        """
+        return jnp.minimum(self.start, self.curvature * jnp.minimum(1, self.size))
+
+
+def rounding(value: Scalar) -> Scalar:
+    """Return the rounding error of a quantity of this size."""
+    return _ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
+
+
+def passes(grad_norm: Scalar, atol: Any, rtol: Any, reference: Scalar, local: Flag) -> Flag:
+    """Return whether the gradient test holds: `‖g‖ <= atol + rtol · reference`.
+
+    After a step so long that its curvature says nothing about its end, only `atol` counts.
+    """
+    rtol = jnp.finfo(grad_norm.dtype).eps ** 0.5 if rtol is None else rtol
+    return grad_norm <= atol + jnp.where(local, rtol * reference, 0)
+
+
+def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale) -> Flag:
+    """Return whether rounding hides what is left to gain.
+
+    Either the gradient is at its own rounding error, curvature times size; or the objective's
+    rounding error exceeds the decrease that the quasi-Newton step predicts, `gᵀPg`. Both also ask
+    for a gradient below `eps^(1/4)` of the reference: at a kink the curvature grows and P shrinks
+    without limit, and the gradient stays.
+    """
+    eps = jnp.finfo(f.dtype).eps
+    own = scale.local & (grad_norm <= rounding(scale.curvature * scale.size))
+    hidden = predicted <= rounding(f)
+    return (own | hidden) & (grad_norm <= eps**0.25 * scale.reference())
+
+
+class Patience(eqx.Module):
+    """How long the solve has gone without progress, or without finding a bottom."""
+
+    stalled: Scalar
+    runaway: Scalar
+
+    def exhausted(self) -> Flag:
+        """Return whether too many steps in a row made no progress beyond rounding."""
+        return self.stalled >= _STALLED
+
+    def unbounded(self) -> Flag:
+        """Return whether too many line searches in a row met no curvature."""
+        return self.runaway >= _RUNAWAY
+
+
+def ending(
+    *, successful: Flag, unbounded: Flag, noise: Flag, stuck: Flag, nonfinite_start: Flag
+) -> tuple[Flag, Any]:
+    """Return whether the solve is over, and how: the first flag that is set names the result."""
+    done, result = jnp.asarray(False), RESULTS.max_steps_reached
+    for flag, name in (
+        (stuck, RESULTS.line_search_failed),
+        (noise, RESULTS.precision_limit),
+        (unbounded, RESULTS.unbounded),
+        (successful, RESULTS.successful),
+        (nonfinite_start, RESULTS.nonfinite_start),
+    ):
+        done, result = done | flag, RESULTS.where(flag, name, result)
+    return done, result

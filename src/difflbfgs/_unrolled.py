@@ -1,0 +1,92 @@
+"""The comparison: a fixed number of Optax steps, differentiated one by one."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from difflbfgs import _vector
+from difflbfgs._checks import check_flag, check_instance, check_positive_integer
+from difflbfgs._lbfgs import Outcome
+from difflbfgs._problem import Problem
+from difflbfgs._solution import RESULTS, Stats, count
+from difflbfgs._vector import Vector
+
+
+class Unrolled(eqx.Module):
+    """Run an Optax gradient method for a fixed number of steps and differentiate through it.
+
+    The derivative is that of the iterate `x_K`, not of the minimizer: it is off by about as much as
+    `x_K` is, and it depends on the starting point, by which it can be differentiated too. Memory
+    of the gradient grows with `num_steps`; with `checkpoint=True` with its square root, for one
+    more evaluation of each step. No convergence test is made: `converged` is true unless the
+    iterates stopped being finite.
+
+    Args:
+        optimizer: an Optax gradient transformation without line search, such as `optax.sgd(0.1)`.
+        num_steps: number of steps.
+        checkpoint: recompute steps in the backward pass instead of storing them.
+        flatten: work on one flat vector. `False` keeps the leaves of `x0` and their sharding.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if `num_steps` is not positive.
+    """
+
+    optimizer: Any
+    num_steps: int = eqx.field(static=True)
+    checkpoint: bool = eqx.field(default=False, static=True)
+    flatten: bool = eqx.field(default=True, static=True)
+
+    def __check_init__(self):
+        example = "optax.sgd(0.1)"
+        check_instance("optimizer", self.optimizer, (optax.GradientTransformation,), example)
+        check_positive_integer("num_steps", self.num_steps)
+        check_flag("checkpoint", self.checkpoint)
+        check_flag("flatten", self.flatten)
+
+
+class UnrolledState(eqx.Module):
+    """The iterate, and the state of the Optax transformation."""
+
+    x: Vector
+    optimizer: Any
+
+
+def run(problem: Problem, x0: Vector, state: UnrolledState | None, solver: Unrolled) -> Outcome:
+    """Take the steps; the outcome is differentiable in the ordinary way."""
+    optimizer = optax.with_extra_args_support(solver.optimizer)
+
+    def step(carry, _):
+        x, inner = carry
+        updates, inner = optimizer.update(problem.gradient(x), inner, x)
+        return (optax.apply_updates(x, updates), inner), None
+
+    def steps(carry, length):
+        return jax.lax.scan(step, carry, length=length)[0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        carry = (x0, optimizer.init(x0)) if state is None else (state.x, state.optimizer)
+        if solver.checkpoint:
+            segment = math.isqrt(solver.num_steps)
+            whole, rest = divmod(solver.num_steps, segment)
+            body = jax.checkpoint(lambda carry, _: (steps(carry, segment), None))
+            carry = jax.lax.scan(body, carry, length=whole)[0]
+            x, inner = jax.checkpoint(lambda carry: steps(carry, rest))(carry)
+        else:
+            x, inner = steps(carry, solver.num_steps)
+        f, g = problem.value_and_gradient(x)
+    grad_norm = _vector.norm(jax.lax.stop_gradient(g))
+    finite = jnp.isfinite(f) & jnp.isfinite(grad_norm)
+    stats = Stats(
+        num_steps=count(solver.num_steps),
+        num_fun_evals=count(solver.num_steps + 1),
+        num_hvps=count(0),
+        grad_norm=grad_norm,
+        reference_grad_norm=grad_norm,
+    )
+    result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonlinear_divergence)
+    return Outcome(x, f, result, stats, jax.lax.stop_gradient(UnrolledState(x, inner)))
