@@ -23,10 +23,9 @@ from jaxtyping import PyTree
 
 from difflbfgs import _linear, _vector
 from difflbfgs._checks import check_flag, check_instance, check_tolerance
-from difflbfgs._lbfgs import Outcome
 from difflbfgs._linear import Report
 from difflbfgs._problem import Problem
-from difflbfgs._solution import RESULTS, has_converged
+from difflbfgs._solution import RESULTS, Outcome, has_converged
 from difflbfgs._vector import Flag, Scalar, Vector
 
 # Up to this many variables the Hessian is assembled and factorised; see benchmarks/crossover.py.

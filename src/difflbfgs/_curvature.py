@@ -8,7 +8,6 @@ restarted and carried over to another problem.
 """
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import optax
 

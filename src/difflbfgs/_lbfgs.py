@@ -13,7 +13,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from difflbfgs import _curvature, _stopping, _trial, _vector
 from difflbfgs._checks import (
@@ -24,10 +23,10 @@ from difflbfgs._checks import (
 )
 from difflbfgs._curvature import Pair
 from difflbfgs._problem import Problem
-from difflbfgs._solution import Stats, count
+from difflbfgs._solution import count
 from difflbfgs._stopping import Patience, Scale
 from difflbfgs._trial import Trial
-from difflbfgs._vector import Flag, Scalar, Vector
+from difflbfgs._vector import Count, Flag, Scalar, Vector
 from difflbfgs._watch import Step, watch
 
 
@@ -94,17 +93,9 @@ class WarmStart(eqx.Module):
     curvature: Scalar
 
 
-class Outcome(eqx.Module):
-    """Where a solve stopped, in the terms of the interior."""
+class Progress(eqx.Module):
+    """Where a solve stands; the carry of its loop."""
 
-    x: Vector
-    f: Scalar
-    result: Any
-    stats: Stats
-    state: Any
-
-
-class _Progress(eqx.Module):
     x: Vector
     f: Scalar
     g: Vector
@@ -118,77 +109,33 @@ class _Progress(eqx.Module):
     fresh: Flag  # nothing was accepted since the memory was last restarted
     done: Flag
     result: Any
-    num_steps: Int[Array, ""]
-    num_fun_evals: Int[Array, ""]
+    num_steps: Count
+    num_fun_evals: Count
 
 
-def run(
-    problem: Problem,
-    x0: Vector,
-    warm: WarmStart | None,
-    solver: LBFGS,
-    max_steps: int,
-    callback: Callable[[Step], None] | None,
-) -> Outcome:
-    """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
-    with jax.numpy_dtype_promotion("standard"):
-        engine = solver.engine(_vector.epsilon(x0))
-        start = _begin(problem, engine, solver, x0, warm)
+def begin(
+    solver: LBFGS, x: Vector, f: Scalar, g: Vector, pair: Pair, warm: WarmStart | None
+) -> Progress:
+    """Return the progress before the first step, the memory holding `pair` or what `warm` holds.
 
-        def unfinished(now: _Progress):
-            return ~now.done & (now.num_steps < max_steps)
-
-        def advance(now: _Progress):
-            trial = _trial.propose(problem, engine, now.engine, now.x, now.f, now.g, now.done)
-            after = _judge(trial, now, start.x, engine, solver, fixed_reference=warm is not None)
-            record = Step(
-                num_steps=after.num_steps,
-                num_fun_evals=after.num_fun_evals,
-                objective=after.f,
-                grad_norm=_vector.norm(after.g),
-                step_size=jnp.where(jnp.isinf(after.predicted), trial.step_size, 0),
-            )
-            watch(callback, record)
-            return after
-
-        end = jax.lax.while_loop(unfinished, advance, start)
-    stats = Stats(
-        num_steps=end.num_steps,
-        num_fun_evals=end.num_fun_evals,
-        num_hvps=count(0),
-        grad_norm=_vector.norm(end.g),
-        reference_grad_norm=end.reference,
-    )
-    state = WarmStart(end.x, end.g, end.engine[0], end.reference, end.scale.curvature)
-    return Outcome(end.x, end.f, end.result, stats, state)
-
-
-def _begin(problem, engine, solver, x0, warm) -> _Progress:
-    """Evaluate the starting point and give the memory its first pair."""
-    if warm is None:
-        x, evaluations = x0, 2
-        f, g, pair = _trial.probe(problem, x)
-        curvature = pair.curvature()
-    else:
-        x, evaluations = warm.x, 1
-        f, g = problem.value_and_gradient(x)
-        pair, curvature = _curvature.newest(warm.memory, warm.x, warm.g), warm.curvature
+    `pair` makes the first step as long as the curvature says, whatever the scale of the objective.
+    """
+    curvature = pair.curvature() if warm is None else warm.curvature
+    pair = pair if warm is None else _curvature.newest(warm.memory, warm.x, warm.g)
     x_norm, grad_norm = _vector.norm(x), _vector.norm(g)
-    # The first step is as long as the curvature says, within 100 times the size of x.
+    # The first step is no longer than 100 times the size of x, whatever the curvature says.
     room = jnp.maximum(1, x_norm)
     believed = jnp.isfinite(curvature) & (grad_norm <= 100 * room * curvature)
     curvature = jnp.where(believed, curvature, grad_norm / room)
     trusted = believed & pair.is_curved()
     pair = optax.tree.where(trusted, pair, _curvature.isotropic(x, g, curvature))
-    memory, *others = engine.init(x)
-    if warm is not None:
-        memory = optax.tree.where(trusted, warm.memory, memory)
-    memory = _curvature.moved(memory, x, g, pair)
-
+    memory, *others = solver.engine(_vector.epsilon(x)).init(x)
     scale = Scale.first(grad_norm, curvature, x_norm)
     reference = scale.reference()
     if warm is not None:
+        memory = optax.tree.where(trusted, warm.memory, memory)
         reference = jnp.where(trusted, warm.reference, reference)
+    memory = _curvature.moved(memory, x, g, pair)
     nothing = jnp.asarray(False)
     done, result = _stopping.ending(
         successful=_stopping.passes(grad_norm, solver.atol, solver.rtol, reference, scale.local),
@@ -197,7 +144,7 @@ def _begin(problem, engine, solver, x0, warm) -> _Progress:
         stuck=nothing,
         nonfinite_start=~(jnp.isfinite(f) & jnp.isfinite(grad_norm)),
     )
-    return _Progress(
+    return Progress(
         x=x,
         f=f,
         g=g,
@@ -212,11 +159,41 @@ def _begin(problem, engine, solver, x0, warm) -> _Progress:
         done=done,
         result=result,
         num_steps=count(0),
-        num_fun_evals=count(evaluations),
+        num_fun_evals=count(0),
     )
 
 
-def _judge(trial: Trial, now: _Progress, x0, engine, solver, fixed_reference) -> _Progress:
+def search(
+    problem: Problem,
+    start: Progress,
+    solver: LBFGS,
+    max_steps: int,
+    callback: Callable[[Step], None] | None,
+    fixed_reference: bool,
+) -> Progress:
+    """Take steps until the solve is over."""
+    engine = solver.engine(_vector.epsilon(start.x))
+
+    def unfinished(now: Progress):
+        return ~now.done & (now.num_steps < max_steps)
+
+    def advance(now: Progress):
+        trial = _trial.propose(problem, engine, now.engine, now.x, now.f, now.g, now.done)
+        after = _judge(trial, now, start.x, engine, solver, fixed_reference)
+        record = Step(
+            num_steps=after.num_steps,
+            num_fun_evals=after.num_fun_evals,
+            objective=after.f,
+            grad_norm=_vector.norm(after.g),
+            step_size=jnp.where(after.fresh, 0, trial.step_size),
+        )
+        watch(callback, record)
+        return after
+
+    return jax.lax.while_loop(unfinished, advance, start)
+
+
+def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> Progress:
     """Accept or reject the trial, keep or drop its pair, and see whether that was the end."""
     pair = Pair(optax.tree.sub(trial.x, now.x), optax.tree.sub(trial.g, now.g))
     level = now.least_f + _stopping.rounding(now.least_f)
@@ -241,7 +218,7 @@ def _judge(trial: Trial, now: _Progress, x0, engine, solver, fixed_reference) ->
         nonfinite_start=jnp.asarray(False),
     )
     restarted = _restarted(trial.engine, engine.init(x), x, g, scale.curvature)
-    return _Progress(
+    return Progress(
         x=x,
         f=f,
         g=g,
@@ -268,7 +245,7 @@ def _rescaled(scale: Scale, pair: Pair, accepted, curved, x, x0) -> Scale:
     return optax.tree.where(accepted, after, scale)
 
 
-def _patience(trial: Trial, now: _Progress, pair: Pair, accepted, grad_norm) -> Patience:
+def _patience(trial: Trial, now: Progress, pair: Pair, accepted, grad_norm) -> Patience:
     """Count the steps that made no progress, and those that found no bottom."""
     progress = (trial.f < now.least_f - _stopping.rounding(now.least_f)) | (
         grad_norm < 0.5 * now.least_grad_norm

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from difflbfgs import _vector
 from difflbfgs._solution import RESULTS, count
-from difflbfgs._vector import Scalar, Vector
+from difflbfgs._vector import Count, Scalar, Vector
 
 # Curvature within this many eps of zero, relative to the largest, is zero.
 _ZERO_CURVATURE = 100.0
@@ -36,7 +36,7 @@ class Report(eqx.Module):
     """
 
     result: Any
-    num_steps: Int[Array, ""]
+    num_steps: Count
     residual: Scalar
     min_curvature: Scalar
     max_curvature: Scalar
@@ -148,7 +148,7 @@ class Dense(lx.AbstractLinearSolver):
     def compute(self, state, vector, options):
         """Solve with the factor, or with the eigendecomposition."""
         del options
-        operator, factor, (values, vectors), extremes, sound = state
+        _, factor, (values, vectors), extremes, sound = state
         flat, unravel = jax.flatten_util.ravel_pytree(vector)
         with_factor = lx.Cholesky().compute(factor, flat, {})[0]
         noise = _ZERO_CURVATURE * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(values))
@@ -216,7 +216,7 @@ def solve_verified(
         along = _rayleigh(solution.value, unit)
         low = jnp.minimum(low, solution.stats.get("min_curvature", along))
         high = jnp.maximum(high, solution.stats.get("max_curvature", jnp.abs(along)))
-        steps = steps + solution.stats.get("num_steps", 0)
+        steps = steps + jnp.asarray(solution.stats.get("num_steps", 0), jnp.int32)
         return u, r, (_vector.norm(r), length), (rounds_done + 1, steps, low, high)
 
     length = _vector.norm(v)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from difflbfgs import _lbfgs, _unrolled
+from difflbfgs import _solve, _unrolled
 from difflbfgs._adjoint import AbstractAdjoint, ImplicitAdjoint, Task
 from difflbfgs._checks import (
     check_callable,
@@ -15,9 +15,9 @@ from difflbfgs._checks import (
     check_instance,
     check_positive_integer,
 )
-from difflbfgs._lbfgs import LBFGS, Outcome, WarmStart
+from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._problem import check_same_shape, make_problem, make_variables
-from difflbfgs._solution import Solution, has_converged
+from difflbfgs._solution import Outcome, Solution, has_converged
 from difflbfgs._unrolled import Unrolled, UnrolledState
 
 
@@ -100,7 +100,7 @@ def minimize(
         outcome = _raised(outcome) if throw else outcome
     else:
         _check_state(state, WarmStart, x)
-        run = functools.partial(_lbfgs.run, max_steps=max_steps, callback=callback)
+        run = functools.partial(_solve.run, max_steps=max_steps, callback=callback)
         x, state = jax.lax.stop_gradient((x, state))
         task = Task(x, state, solver, adjoint, run, throw)
         outcome = adjoint.differentiable(task, problem)

@@ -71,7 +71,10 @@ class Variables(eqx.Module):
         templates, structure = jax.tree.flatten(self.template)
         parts = iter(self._cut(vector, templates) if self.flatten else vector)
         leaves = [
-            cast(jax.lax.complex(next(parts), next(parts)) if _is_complex(like) else next(parts), like)
+            cast(
+                jax.lax.complex(next(parts), next(parts)) if _is_complex(like) else next(parts),
+                like,
+            )
             for like in templates
         ]
         return eqx.combine(jax.tree.unflatten(structure, leaves), self.static)

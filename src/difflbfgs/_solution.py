@@ -66,6 +66,16 @@ class Stats(eqx.Module):
     reference_grad_norm: Float[Array, "*batch"]
 
 
+class Outcome(eqx.Module):
+    """Where a solve stopped, in the terms of the interior."""
+
+    x: PyTree[Float[Array, "..."]]
+    f: Float[Array, ""]
+    result: Any
+    stats: Stats
+    state: Any
+
+
 class Solution(eqx.Module):
     """The answer of `difflbfgs.minimize`.
 

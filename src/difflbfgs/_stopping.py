@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from difflbfgs._solution import RESULTS
-from difflbfgs._vector import Flag, Scalar
+from difflbfgs._vector import Count, Flag, Scalar
 
 # See `Scale`.
 _LEAST_REFERENCE = 1e-2
@@ -64,6 +64,13 @@ class Scale(eqx.Module):
         """
         return jnp.minimum(self.start, self.curvature * jnp.minimum(1, self.size))
 
+    def noise(self, f: Scalar) -> Scalar:
+        """Return the rounding error to expect of the objective.
+
+        Its terms may be as large as the quadratic model's, `curvature · size²`, and cancel.
+        """
+        return rounding(jnp.abs(f) + self.curvature * self.size**2)
+
 
 def rounding(value: Scalar) -> Scalar:
     """Return the rounding error of a quantity of this size."""
@@ -84,20 +91,20 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
 
     Either the gradient is at its own rounding error, curvature times size; or the objective's
     rounding error exceeds the decrease that the quasi-Newton step predicts, `gᵀPg`. Both also ask
-    for a gradient below `eps^(1/4)` of the reference: at a kink the curvature grows and P shrinks
+    for a gradient below `eps^(1/6)` of the reference: at a kink the curvature grows and P shrinks
     without limit, and the gradient stays.
     """
     eps = jnp.finfo(f.dtype).eps
     own = scale.local & (grad_norm <= rounding(scale.curvature * scale.size))
-    hidden = predicted <= rounding(f)
-    return (own | hidden) & (grad_norm <= eps**0.25 * scale.reference())
+    hidden = predicted <= scale.noise(f)
+    return (own | hidden) & (grad_norm <= eps ** (1 / 6) * scale.reference())
 
 
 class Patience(eqx.Module):
     """How long the solve has gone without progress, or without finding a bottom."""
 
-    stalled: Scalar
-    runaway: Scalar
+    stalled: Count
+    runaway: Count
 
     def exhausted(self) -> Flag:
         """Return whether too many steps in a row made no progress beyond rounding."""

@@ -6,12 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from difflbfgs import _vector
 from difflbfgs._curvature import Pair
 from difflbfgs._problem import Problem
-from difflbfgs._vector import Flag, Scalar, Vector
+from difflbfgs._vector import Count, Flag, Scalar, Vector
 
 
 class Trial(eqx.Module):
@@ -31,7 +30,7 @@ class Trial(eqx.Module):
     engine: Any
     step_size: Scalar
     predicted: Scalar
-    num_fun_evals: Int[Array, ""]
+    num_fun_evals: Count
 
 
 def propose(
@@ -73,8 +72,7 @@ def propose(
 def probe(problem: Problem, x: Vector) -> tuple[Scalar, Vector, Pair]:
     """Return `f` and its gradient at `x`, and the pair of a short step down the gradient.
 
-    The pair makes the first step as long as the curvature says, whatever the scale of the
-    objective. Both points are evaluated by one loop, for one copy of the objective in the program.
+    Both points are evaluated by one loop, for one copy of the objective in the program.
     """
     reach = _vector.epsilon(x) ** 0.5 * jnp.maximum(1, _vector.norm(x))
 

@@ -10,9 +10,8 @@ import optax
 
 from difflbfgs import _vector
 from difflbfgs._checks import check_flag, check_instance, check_positive_integer
-from difflbfgs._lbfgs import Outcome
 from difflbfgs._problem import Problem
-from difflbfgs._solution import RESULTS, Stats, count
+from difflbfgs._solution import RESULTS, Outcome, Stats, count
 from difflbfgs._vector import Vector
 
 

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Vector: TypeAlias = PyTree[Float[Array, "..."]]
 Scalar: TypeAlias = Float[Array, ""]
+Count: TypeAlias = Int[Array, ""]
 Flag: TypeAlias = Bool[Array, ""]
 
 

@@ -1,0 +1,122 @@
+"""A whole solve: start, L-BFGS, Newton polish."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from difflbfgs import _lbfgs, _stopping, _vector
+from difflbfgs._curvature import Pair
+from difflbfgs._lbfgs import LBFGS, Progress, WarmStart
+from difflbfgs._newton import newton_step
+from difflbfgs._problem import Problem
+from difflbfgs._solution import RESULTS, Outcome, Stats, count, has_converged
+from difflbfgs._trial import probe
+from difflbfgs._vector import Count, Flag, Vector
+from difflbfgs._watch import Step
+
+
+class _Polish(eqx.Module):
+    progress: Progress
+    candidate: Vector
+    curved: Flag
+    num_hvps: Count
+
+
+def run(
+    problem: Problem,
+    x0: Vector,
+    warm: WarmStart | None,
+    solver: LBFGS,
+    max_steps: int,
+    callback: Callable[[Step], None] | None,
+) -> Outcome:
+    """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
+
+    def search(x, f, g, pair):
+        start = _lbfgs.begin(solver, x, f, g, pair, warm)
+        return _lbfgs.search(problem, start, solver, max_steps, callback, warm is not None)
+
+    with jax.numpy_dtype_promotion("standard"):
+        x = x0 if warm is None else warm.x
+        if solver.polish == 0:
+            end, num_hvps = search(x, *probe(problem, x)), count(0)
+            num_fun_evals = end.num_fun_evals + 2
+        else:
+            end, num_hvps = _polished(problem, x, warm, solver, search)
+            num_fun_evals = end.num_fun_evals + solver.polish + 2
+    stats = Stats(
+        num_steps=end.num_steps,
+        num_fun_evals=num_fun_evals,
+        num_hvps=num_hvps,
+        grad_norm=_vector.norm(end.g),
+        reference_grad_norm=end.reference,
+    )
+    state = WarmStart(end.x, end.g, end.engine[0], end.reference, end.scale.curvature)
+    return Outcome(end.x, end.f, end.result, stats, state)
+
+
+def _polished(problem, x, warm, solver, search) -> tuple[Progress, Count]:
+    """Run L-BFGS and then Newton steps, on one copy of the linearised gradient.
+
+    Round 0 linearises at the start and searches from there. Every other round linearises at the
+    candidate that the one before left, keeps it if it is better, and proposes the next.
+    """
+
+    def polish_round(k, now: _Polish):
+        (f, g), tangent = jax.linearize(problem.value_and_gradient, now.candidate)
+
+        def hvp(p):
+            return tangent(p)[1]
+
+        def first():
+            length = _vector.norm(g)
+            down = optax.tree.scale(1 / jnp.where(length > 0, length, 1), g)
+            pair = Pair(down, hvp(down))
+            progress = search(now.candidate, f, g, pair)
+            return _Polish(progress, progress.x, jnp.asarray(True), now.num_hvps + (warm is None))
+
+        def further():
+            progress, accepted = _judge(now, f, g, solver)
+            active = (k <= solver.polish) & ((k == 1) | accepted) & _is_worth_it(progress)
+            d, curved, products = newton_step(hvp, g, progress.reference, active)
+            candidate = optax.tree.sub(progress.x, d)
+            return _Polish(progress, candidate, curved, now.num_hvps + products)
+
+        return jax.lax.cond(k == 0, first, further)
+
+    zero = jnp.zeros((), _vector.dtype(x))
+    nowhere = Pair(optax.tree.zeros_like(x), optax.tree.zeros_like(x))
+    before = _lbfgs.begin(solver, x, zero, optax.tree.zeros_like(x), nowhere, warm)
+    start = _Polish(before, x, jnp.asarray(True), count(0))
+    end = jax.lax.fori_loop(0, solver.polish + 2, polish_round, start)
+    return end.progress, end.num_hvps
+
+
+def _judge(now: _Polish, f, g, solver) -> tuple[Progress, Flag]:
+    """Keep the candidate if its gradient is smaller, and the objective no larger but for noise."""
+    before = now.progress
+    grad_norm = _vector.norm(g)
+    accepted = (
+        now.curved
+        & (grad_norm < _vector.norm(before.g))
+        & (f <= before.f + before.scale.noise(before.f))
+    )
+    x, f, g = optax.tree.where(accepted, (now.candidate, f, g), (before.x, before.f, before.g))
+    small = _stopping.passes(
+        grad_norm, solver.atol, solver.rtol, before.reference, jnp.asarray(True)
+    )
+    result = RESULTS.where(accepted & small, RESULTS.successful, before.result)
+    progress = eqx.tree_at(
+        lambda p: (p.x, p.f, p.g, p.result), before, (x, f, g, result), is_leaf=lambda p: p is None
+    )
+    return progress, accepted
+
+
+def _is_worth_it(progress: Progress) -> Flag:
+    """Return whether a Newton step is called for, and the gradient above its rounding error."""
+    stuck = progress.result == RESULTS.line_search_failed
+    floor = _stopping.rounding(progress.scale.curvature * progress.scale.size)
+    return (has_converged(progress.result) | stuck) & (_vector.norm(progress.g) > 0.01 * floor)

@@ -1,0 +1,131 @@
+"""Hypergradients against closed forms and against differences of the solve itself (A1, A2)."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import difflbfgs as dl
+from problems import (
+    THETA,
+    TIGHT,
+    C,
+    outer,
+    quadratic,
+    relative_error,
+    ridge,
+    ridge_solution,
+    tolerance,
+)
+
+
+def test_ridge_hypergradient_and_objective():
+    def found(theta):
+        return outer(dl.minimize(ridge, jnp.zeros(5), theta, solver=TIGHT).value)
+
+    def exact(theta):
+        return outer(ridge_solution(theta))
+
+    assert relative_error(jax.grad(found)(THETA), jax.grad(exact)(THETA)) < 1e-10
+
+
+def test_ridge_at_default_settings():
+    def found(theta):
+        return outer(dl.minimize(ridge, jnp.zeros(5), theta).value)
+
+    exact = jax.grad(lambda theta: outer(ridge_solution(theta)))(THETA)
+    assert relative_error(jax.grad(found)(THETA), exact) < 1e-6
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("dense", [True, False])
+def test_quadratic(condition, dense):
+    fun, solution, theta = quadratic(condition)
+    c = jnp.sin(jnp.arange(20.0))
+    adjoint = dl.ImplicitAdjoint(linear_solver=None if dense else conjugate_gradient())
+    solver = dl.LBFGS(rtol=1e-13)
+
+    def found(theta):
+        sol = dl.minimize(
+            fun, jnp.zeros(20), theta, solver=solver, adjoint=adjoint, max_steps=20_000, throw=False
+        )
+        return c @ sol.value
+
+    error = relative_error(
+        jax.jit(jax.grad(found))(theta), jax.grad(lambda t: c @ solution(t))(theta)
+    )
+    if condition <= 1e4:
+        assert error < 1e-6
+    else:  # right or flagged; a NaN is a flag and fails this comparison
+        assert not error >= 1e-6
+
+
+def conjugate_gradient():
+    """Return the matrix-free solver that large problems get by default."""
+    from difflbfgs._linear import ConjugateGradient
+
+    return ConjugateGradient(1e-12, 2000)
+
+
+def test_richardson_differences_of_the_solve():
+    def fun(x, theta):
+        return jnp.sum(jnp.cosh(x - theta)) + 0.3 * jnp.sum(x**2 * theta) ** 2 + x[0] * theta[1]
+
+    theta = jnp.asarray([0.7, -0.2, 1.1])
+    solver = dl.LBFGS(rtol=1e-14)
+
+    @jax.jit
+    def loss(theta):
+        x = dl.minimize(fun, jnp.zeros(3), theta, solver=solver, max_steps=5000).value
+        return C[:3] @ x**2
+
+    def slope(direction, h):
+        return (loss(theta + h * direction) - loss(theta - h * direction)) / (2 * h)
+
+    def richardson(direction, h=1e-2):
+        rows = [[slope(direction, h / 2**i)] for i in range(4)]
+        for i in range(1, 4):
+            for k in range(1, i + 1):
+                better = rows[i][k - 1] + (rows[i][k - 1] - rows[i - 1][k - 1]) / (4**k - 1)
+                rows[i].append(better)
+        return rows[-1][-1]
+
+    differences = jnp.stack([richardson(e) for e in jnp.eye(3)])
+    assert relative_error(jax.grad(loss)(theta), differences) < 1e-8
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_scaling_the_outer_loss_does_not_change_the_relative_error(scale):
+    @jax.jit
+    def gradient(scale, theta):
+        return jax.grad(
+            lambda t: scale * outer(dl.minimize(ridge, jnp.zeros(5), t, solver=TIGHT).value)
+        )(theta)
+
+    exact = jax.grad(lambda theta: outer(ridge_solution(theta)))(THETA)
+    assert relative_error(gradient(scale, THETA) / scale, exact) < 1e-10
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4])
+def test_ridge_in_float32(condition):
+    fun, solution, theta = quadratic(condition)
+    theta32, x0 = theta.astype(jnp.float32), jnp.zeros(20, jnp.float32)
+    solver = dl.LBFGS(rtol=1e-6)
+
+    def found(theta):
+        return jnp.sum(dl.minimize(fun, x0, theta, solver=solver, max_steps=5000).value)
+
+    gradient = jax.jit(jax.grad(found))(theta32)
+    exact = jax.grad(lambda t: jnp.sum(solution(t)))(theta)
+    assert gradient.dtype == jnp.float32
+    assert relative_error(gradient, exact) < tolerance(jnp.float32, 10 * condition)
+
+
+def test_consistency_with_the_outer_loss_equal_to_the_objective():
+    fun, _, theta = quadratic(1e2)
+
+    def total(theta):
+        return fun(dl.minimize(fun, jnp.ones(20), theta, solver=TIGHT).value, theta)
+
+    x = dl.minimize(fun, jnp.ones(20), theta, solver=TIGHT).value
+    partial = jax.grad(fun, argnums=1)(x, theta)
+    assert relative_error(jax.grad(total)(theta), partial) < 1e-9

@@ -1,0 +1,317 @@
+"""Every way to end, its message, and that a failed solve fails its derivative (A5, A8)."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import pytest
+from problems import C, THETA, TIGHT, outer, relative_error, ridge, ridge_solution
+
+import difflbfgs as dl
+
+STOPPED = {"max_steps": 2}
+STARVED = {
+    "solver": TIGHT,
+    "adjoint": dl.ImplicitAdjoint(linear_solver=lx.CG(rtol=1e-8, atol=0, max_steps=2)),
+}
+STARVED_FORWARD = {
+    "solver": TIGHT,
+    "adjoint": dl.ForwardImplicitAdjoint(linear_solver=lx.CG(rtol=1e-8, atol=0, max_steps=2)),
+}
+
+
+def solved(theta, **options):
+    return dl.minimize(ridge, jnp.zeros(5), theta, **options).value
+
+
+def loss(**options):
+    return lambda theta: outer(solved(theta, **options))
+
+
+def forward(options):
+    return {**options, "adjoint": dl.ForwardImplicitAdjoint()}
+
+
+def raises(function, *args):
+    """Run `function` and return the message of the error that it must raise."""
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        jax.block_until_ready(function(*args))
+    return str(caught.value)
+
+
+def batch(function):
+    return lambda theta: jax.vmap(function)(jnp.stack([theta, 2 * theta]))
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        loss(**STOPPED),
+        jax.jit(loss(**STOPPED)),
+        jax.grad(loss(**STOPPED)),
+        jax.jit(jax.grad(loss(**STOPPED))),
+        jax.jit(jax.jacrev(lambda t: solved(t, **STOPPED))),
+        jax.jit(jax.jacfwd(lambda t: solved(t, **forward(STOPPED)))),
+        jax.jit(jax.hessian(loss(**STOPPED))),
+        batch(loss(**STOPPED)),
+        jax.jit(batch(jax.grad(loss(**STOPPED)))),
+        jax.jit(lambda t: dl.minimize(ridge, jnp.zeros(5), t, **STOPPED).objective),
+        jax.jit(jax.grad(lambda t: dl.minimize(ridge, jnp.zeros(5), t, **STOPPED).objective)),
+    ],
+    ids="plain jit grad jit-grad jit-jacrev jit-jacfwd jit-hessian vmap jit-vmap-grad objective "
+    "jit-grad-objective".split(),
+)
+def test_a_solve_stopped_early_raises(transformed):
+    assert "maximum number of solver steps" in raises(transformed, THETA)
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        jax.grad(loss(**STARVED)),
+        jax.jit(jax.grad(loss(**STARVED))),
+        jax.jit(jax.jacrev(lambda t: solved(t, **STARVED))),
+        jax.jit(jax.jacfwd(lambda t: solved(t, **STARVED_FORWARD))),
+        jax.jit(jax.hessian(loss(**STARVED))),
+        jax.jit(batch(jax.grad(loss(**STARVED)))),
+    ],
+    ids="grad jit-grad jit-jacrev jit-jacfwd jit-hessian jit-vmap-grad".split(),
+)
+def test_an_adjoint_stopped_early_raises(transformed):
+    assert "true residual is above tolerance" in raises(transformed, THETA)
+
+
+def test_an_adjoint_stopped_early_leaves_the_primal_alone():
+    assert jnp.isfinite(jax.jit(loss(**STARVED))(THETA))
+
+
+@pytest.mark.parametrize("options", [STOPPED, STARVED], ids=["forward", "adjoint"])
+def test_without_throw_the_derivatives_of_a_failed_solve_are_nan(options):
+    f = loss(**options, throw=False)
+    assert jnp.all(jnp.isnan(jax.jit(jax.grad(f))(THETA)))
+    assert jnp.all(jnp.isnan(jax.jit(jax.hessian(f))(THETA)))
+    assert jnp.all(jnp.isnan(jax.jit(jax.jacrev(jax.jacrev(f)))(THETA)))
+    assert jnp.all(jnp.isnan(batch(jax.grad(f))(THETA)))
+
+
+def test_without_throw_forward_mode_gives_nan_too():
+    options = {**forward(STOPPED), "throw": False}
+    assert jnp.all(jnp.isnan(jax.jacfwd(lambda t: solved(t, **options))(THETA)))
+
+
+def test_without_throw_the_hessian_of_a_linear_outer_loss_is_nan_and_not_zero():
+    hessian = jax.hessian(lambda t: C @ solved(t, **STOPPED, throw=False))(THETA)
+    assert jnp.all(jnp.isnan(hessian))
+
+
+def test_without_throw_the_derivative_of_a_failed_objective_is_nan():
+    def objective(theta):
+        return dl.minimize(ridge, jnp.zeros(5), theta, **STOPPED, throw=False).objective
+
+    assert jnp.all(jnp.isnan(jax.grad(objective)(THETA)))
+    assert jnp.all(jnp.isnan(jax.hessian(objective)(THETA)))
+
+
+def test_approximate_differentiates_wherever_the_solver_stopped():
+    adjoint = dl.ImplicitAdjoint(approximate=True)
+    f = loss(solver=dl.LBFGS(polish=0), **STOPPED, throw=False, adjoint=adjoint)
+    exact = jax.grad(lambda t: outer(ridge_solution(t)))(THETA)
+    error = relative_error(jax.grad(f)(THETA), exact)
+    assert 1e-6 < error < 1
+
+
+@pytest.mark.parametrize("bad", ["stopped", "nan"])
+def test_a_masked_failed_lane_leaves_the_others_exact(bad):
+    """Lane 1 fails: its tolerance is out of reach, or its data are NaN."""
+    thetas = jnp.stack([THETA, THETA - 1, 2 * THETA])
+    scale = jnp.asarray([1.0, jnp.nan if bad == "nan" else 1.0, 1.0])
+    rtols = jnp.asarray([1e-4, 1e-4 if bad == "nan" else 0.0, 1e-4])
+
+    def one(theta, scale, rtol):
+        def fun(w, theta):
+            return scale * ridge(w, theta)
+
+        sol = dl.minimize(
+            fun, jnp.zeros(5), theta, solver=dl.LBFGS(rtol=rtol), max_steps=9, throw=False
+        )
+        return outer(sol.value) + sol.objective, sol.converged
+
+    def total(thetas):
+        losses, converged = jax.vmap(one)(thetas, scale, rtols)
+        return jnp.sum(jnp.where(converged, losses, 0)), converged
+
+    gradient, converged = jax.jit(jax.grad(total, has_aux=True))(thetas)
+    assert list(converged) == [True, False, True]
+    assert jnp.all(gradient[1] == 0)
+
+    def exact(theta):
+        w = ridge_solution(theta)
+        return outer(w) + ridge(w, theta)
+
+    assert relative_error(gradient[::2], jax.vmap(jax.grad(exact))(thetas[::2])) < 1e-9
+
+
+def test_a_failed_lane_that_is_used_is_nan():
+    def total(rtol):
+        def one(theta):
+            solver = dl.LBFGS(rtol=rtol)
+            return loss(solver=solver, max_steps=9, throw=False)(theta)
+
+        return jax.grad(lambda t: jnp.sum(jax.vmap(one)(t)))(jnp.stack([THETA, 2 * THETA]))
+
+    assert jnp.all(jnp.isfinite(total(1e-4)))
+    assert jnp.all(jnp.isnan(total(0.0)))
+
+
+def ending(fun, x0, theta=None, **options):
+    """Solve without throwing; return the member of RESULTS by name, and its message."""
+    sol = dl.minimize(fun, x0, theta, throw=False, **options)
+    (name,) = [n for n in NAMES if sol.result == getattr(dl.RESULTS, n)]
+    assert bool(sol.converged) == (name in ("successful", "precision_limit"))
+    return sol, name, dl.RESULTS[sol.result]
+
+
+NAMES = (
+    "successful precision_limit max_steps_reached nonfinite_start unbounded line_search_failed "
+    "adjoint_not_converged indefinite_hessian"
+).split()
+
+
+def test_successful():
+    _, name, message = ending(ridge, jnp.zeros(5), THETA)
+    assert (name, message) == ("successful", "")
+
+
+def test_precision_limit():
+    solver = dl.LBFGS(rtol=0.0)
+    sol, name, message = ending(ridge, jnp.zeros(5), THETA, solver=solver)
+    assert name == "precision_limit"
+    assert "rounding error" in message
+    assert "float64" in message
+    assert relative_error(sol.value, ridge_solution(THETA)) < 1e-13
+
+
+def test_max_steps_reached():
+    sol, name, message = ending(ridge, jnp.zeros(5), THETA, max_steps=2)
+    assert name == "max_steps_reached"
+    assert "max_steps" in message
+    assert sol.stats.num_steps == 2
+
+
+@pytest.mark.parametrize("x0", [-1.0, jnp.nan, jnp.inf])
+def test_nonfinite_start_ends_at_once(x0):  # T15
+    sol, name, message = ending(lambda x, _: jnp.sum(jnp.log(x)), jnp.full(3, x0))
+    assert name == "nonfinite_start"
+    assert "starting point" in message
+    assert sol.stats.num_steps == 0
+    assert sol.stats.num_fun_evals <= 3
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [lambda x: jnp.sum(x), lambda x: -jnp.sum(x**2), lambda x: -jnp.sum(jnp.exp(x))],
+    ids=["linear", "concave", "exponential"],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_unbounded_is_noticed(fun, dtype):  # T16
+    sol, name, message = ending(lambda x, _: fun(x), jnp.ones(3, dtype))
+    assert name == "unbounded"
+    assert "falls without limit" in message
+    assert sol.stats.num_fun_evals < 250
+    assert jnp.all(jnp.isfinite(sol.value))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_line_search_failed_at_a_kink_returns_the_best_point(dtype):  # T2
+    target = jnp.arange(5, dtype=dtype)
+    seen = []
+    sol, name, message = ending(
+        lambda x, _: jnp.sum(jnp.abs(x - target)),
+        jnp.full(5, 0.3, dtype),
+        callback=lambda step: seen.append(float(step.objective)),
+    )
+    jax.effects_barrier()
+    assert name == "line_search_failed"
+    assert "non-smooth" in message
+    assert float(sol.objective) == min(seen)
+    assert jnp.all(jnp.isfinite(sol.value))
+
+
+def test_nan_at_the_first_trial_is_stepped_around():
+    sol, name, _ = ending(
+        lambda x, _: jnp.sum(x - jnp.log(x)) + jnp.where(jnp.any(x > 3), jnp.nan, 0.0),
+        jnp.full(3, 0.01),
+    )
+    assert name == "successful"
+    assert jnp.allclose(sol.value, 1)
+
+
+def test_start_at_the_optimum_takes_no_steps():
+    x0 = ridge_solution(THETA)
+    sol, name, _ = ending(ridge, x0, THETA)
+    assert name in ("successful", "precision_limit")
+    assert sol.stats.num_steps == 0
+
+    def f(theta):
+        return outer(dl.minimize(ridge, x0, theta).value)
+
+    exact = jax.grad(lambda t: outer(ridge_solution(t)))(THETA)
+    assert relative_error(jax.grad(f)(THETA), exact) < 1e-10
+
+
+def saddle(x, theta):
+    return 0.5 * (x[0] - theta) ** 2 - 0.5 * x[1] ** 2 + x[2] ** 2
+
+
+LARGE = 300
+
+
+def large_saddle(x, theta):
+    diagonal = jnp.linspace(1, 2, LARGE).at[7].set(-1.0)
+    return 0.5 * jnp.sum(diagonal * x**2) - theta * jnp.sum(x)
+
+
+@pytest.mark.parametrize(
+    ("fun", "x0"),
+    [
+        (saddle, jnp.asarray([1.0, 0.0, 0.0])),
+        (large_saddle, 1.0 / jnp.linspace(1, 2, LARGE).at[7].set(-1.0)),
+    ],
+    ids=["dense", "conjugate-gradient"],
+)
+def test_indefinite_hessian(fun, x0):
+    def f(theta, throw):
+        return jnp.sum(dl.minimize(fun, x0, theta, throw=throw).value)
+
+    assert "saddle point" in raises(jax.jit(jax.grad(lambda t: f(t, True))), 1.0)
+    assert jnp.isnan(jax.grad(lambda t: f(t, False))(1.0))
+
+
+def translation_invariant(x, theta):
+    """A chain of springs that is free to move as a whole: H is singular, with a zero mode."""
+    return 0.5 * jnp.sum((jnp.diff(x) - theta) ** 2)
+
+
+@pytest.mark.parametrize("n", [6, 300])
+def test_singular_but_consistent_gives_the_derivative_of_least_norm(n):
+    theta = jnp.linspace(0.5, 1.5, n - 1)
+
+    def length(theta):  # invariant under translation
+        x = dl.minimize(translation_invariant, jnp.zeros(n), theta, max_steps=5000).value
+        return jnp.sum(jnp.sin(jnp.diff(x)))
+
+    assert relative_error(jax.jit(jax.grad(length))(theta), jnp.cos(theta)) < 1e-6
+
+
+@pytest.mark.parametrize("n", [6, 300])
+def test_singular_and_inconsistent_is_flagged(n):
+    theta = jnp.linspace(0.5, 1.5, n - 1)
+
+    def position(theta, throw):  # not invariant: no derivative exists
+        x = dl.minimize(
+            translation_invariant, jnp.zeros(n), theta, max_steps=5000, throw=throw
+        ).value
+        return jnp.sum(x)
+
+    message = raises(jax.jit(jax.grad(lambda t: position(t, True))), theta)
+    assert "true residual is above tolerance" in message
+    assert jnp.all(jnp.isnan(jax.jit(jax.grad(lambda t: position(t, False)))(theta)))
