@@ -21,7 +21,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import PyTree
 
-from difflbfgs import _linear, _vector
+from difflbfgs import _linear, _solve, _vector
 from difflbfgs._checks import check_flag, check_instance, check_tolerance
 from difflbfgs._linear import Report
 from difflbfgs._problem import Problem
@@ -125,12 +125,15 @@ class Task(eqx.Module):
     warm: Any
     solver: Any
     adjoint: AbstractAdjoint
-    run: Callable[[Problem, Vector, Any, Any], Outcome] = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
+    callback: Callable | None = eqx.field(static=True)
 
     def solve(self, problem: Problem) -> Outcome:
         """Solve, and raise here, where the derivative will see it, if that failed."""
-        outcome = self.run(problem, self.x0, self.warm, self.solver)
+        outcome = _solve.run(
+            problem, self.x0, self.warm, self.solver, self.max_steps, self.callback
+        )
         if self.throw:
             outcome = outcome.result.error_if(outcome, ~has_converged(outcome.result))
         return outcome

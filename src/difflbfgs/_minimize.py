@@ -1,13 +1,13 @@
 """`minimize`: from the user's problem through border, solver and rule to a `Solution`."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from difflbfgs import _solve, _unrolled
+from difflbfgs import _unrolled
 from difflbfgs._adjoint import AbstractAdjoint, ImplicitAdjoint, Task
 from difflbfgs._checks import (
     check_callable,
@@ -16,7 +16,7 @@ from difflbfgs._checks import (
     check_positive_integer,
 )
 from difflbfgs._lbfgs import LBFGS, WarmStart
-from difflbfgs._problem import check_same_shape, make_problem, make_variables
+from difflbfgs._problem import Problem, check_same_shape, make_problem, make_variables
 from difflbfgs._solution import Outcome, Solution, has_converged
 from difflbfgs._unrolled import Unrolled, UnrolledState
 
@@ -100,10 +100,9 @@ def minimize(
         outcome = _raised(outcome) if throw else outcome
     else:
         _check_state(state, WarmStart, x)
-        run = functools.partial(_solve.run, max_steps=max_steps, callback=callback)
         x, state = jax.lax.stop_gradient((x, state))
-        task = Task(x, state, solver, adjoint, run, throw)
-        outcome = adjoint.differentiable(task, problem)
+        task = Task(x, state, solver, adjoint, max_steps, throw, callback)
+        outcome = _solve_differentiably(task, problem)
     return Solution(
         value=variables.outside(outcome.x),
         objective=outcome.f,
@@ -112,6 +111,12 @@ def minimize(
         stats=outcome.stats,
         state=outcome.state,
     )
+
+
+@eqx.filter_jit
+def _solve_differentiably(task: Task, problem: Problem) -> Outcome:
+    """Solve, as one compiled program also where the user did not ask for `jit`."""
+    return task.adjoint.differentiable(task, problem)
 
 
 def _raised(outcome: Outcome) -> Outcome:

@@ -13,16 +13,22 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from difflbfgs import _vector
+from difflbfgs._program import Program, trace
 from difflbfgs._vector import Scalar, Vector
 
 
 class Problem(eqx.Module):
-    """`min_x f(x)`; whatever `f` depends on, `theta` or closed over, is a leaf of this module."""
+    """`min_x f(x)`; the arrays that `f` depends on, in `theta` or closed over, are `consts`."""
 
-    objective: Callable[[Vector], tuple[Scalar, PyTree]]
+    program: Program = eqx.field(static=True)
+    consts: list[Array]
+
+    def objective(self, x: Vector) -> tuple[Scalar, PyTree]:
+        """Return `f(x)` and the auxiliary output."""
+        return self.program(self.consts, *jax.tree.leaves(x))
 
     def value(self, x: Vector) -> Scalar:
         """Return `f(x)`."""
@@ -123,7 +129,9 @@ def make_problem(
         value, aux = _split(out, has_aux)
         return _check_value(value).astype(variables.dtype), aux
 
-    return Problem(eqx.filter_closure_convert(objective, x))
+    leaves, structure = jax.tree.flatten(x)
+    program, consts = trace(lambda *leaves: objective(structure.unflatten(leaves)), *leaves)
+    return Problem(program, consts)
 
 
 def _split(out, has_aux):

@@ -1,0 +1,109 @@
+"""A traced function that equals another one if it computes the same.
+
+The user's objective is traced anew at every call, so that nothing it reads can go stale. Compiled
+programs are looked up by what was traced: a loop without `jit` compiles once, and a changed global
+compiles again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.extend import core
+from jaxtyping import Array, PyTree
+
+
+class Program:
+    """A jaxpr and the structure of its output; immutable, and compared by content."""
+
+    def __init__(self, jaxpr: core.Jaxpr, structure: Any, static: list[Any]):
+        self.jaxpr = jaxpr
+        self.structure = structure
+        self.static = static
+
+    def __call__(self, consts: list[Array], *args: Array) -> PyTree:
+        """Run the program."""
+        out = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, consts))(*args)
+        return eqx.combine(jax.tree.unflatten(self.structure, out), self.static)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Program)
+            and self.structure == other.structure
+            and _same(self.static, other.static)
+            and _same(self.jaxpr, other.jaxpr)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.structure, tuple(eqn.primitive.name for eqn in self.jaxpr.eqns)))
+
+
+def trace(fun: Callable, *args: Array) -> tuple[Program, list[Array]]:
+    """Trace `fun`; return the program and the arrays that it closed over."""
+    closed, dynamic, static = eqx.filter_make_jaxpr(fun)(*args)
+    return Program(closed.jaxpr, jax.tree.structure(dynamic), static), closed.consts
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Return whether two values of jaxpr parameters certainly mean the same."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, core.Jaxpr | core.ClosedJaxpr):
+        return _same(getattr(a, "consts", ()), getattr(b, "consts", ())) and _same_jaxpr(
+            getattr(a, "jaxpr", a), getattr(b, "jaxpr", b)
+        )
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, jax.Array | np.ndarray):
+        return False  # not the same object: not worth a comparison
+    if isinstance(a, float | complex | np.generic):
+        return repr(a) == repr(b)  # tells 0.0 from -0.0, and NaN is NaN
+    try:
+        return bool(a == b)
+    except Exception:  # a parameter without a truth value is a parameter we do not know
+        return False
+
+
+def _same_jaxpr(a: core.Jaxpr, b: core.Jaxpr) -> bool:
+    """Return whether two jaxprs are the same but for the names of their variables."""
+    names: dict[Any, Any] = {}
+
+    def bind(some, others):
+        names.update(zip(some, others, strict=False))
+        return len(some) == len(others) and all(
+            x.aval == y.aval for x, y in zip(some, others, strict=True)
+        )
+
+    def refer(some, others):
+        return len(some) == len(others) and all(map(same_atom, some, others))
+
+    def same_atom(x, y):
+        if isinstance(x, core.Literal) or isinstance(y, core.Literal):
+            return (
+                isinstance(x, core.Literal)
+                and isinstance(y, core.Literal)
+                and x.aval == y.aval
+                and np.asarray(x.val).tobytes() == np.asarray(y.val).tobytes()
+            )
+        return names.get(x) is y
+
+    return (
+        len(a.eqns) == len(b.eqns)
+        and a.effects == b.effects
+        and bind(a.constvars, b.constvars)
+        and bind(a.invars, b.invars)
+        and all(
+            x.primitive is y.primitive
+            and refer(x.invars, y.invars)
+            and _same(x.params, y.params)
+            and bind(x.outvars, y.outvars)
+            for x, y in zip(a.eqns, b.eqns, strict=True)
+        )
+        and refer(a.outvars, b.outvars)
+    )
