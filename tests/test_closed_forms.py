@@ -1,4 +1,4 @@
-"""Hypergradients against closed forms and against differences of the solve itself (A1, A2)."""
+"""Hypergradients against closed forms and against differences of the solve itself."""
 
 import jax
 import jax.numpy as jnp

@@ -1,12 +1,12 @@
-"""Every way to end, its message, and that a failed solve fails its derivative (A5, A8)."""
+"""Every way to end, its message, and that a failed solve fails its derivative."""
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import pytest
-from problems import C, THETA, TIGHT, outer, relative_error, ridge, ridge_solution
 
 import difflbfgs as dl
+from problems import THETA, TIGHT, C, outer, relative_error, ridge, ridge_solution
 
 STOPPED = {"max_steps": 2}
 STARVED = {
@@ -198,7 +198,7 @@ def test_max_steps_reached():
 
 
 @pytest.mark.parametrize("x0", [-1.0, jnp.nan, jnp.inf])
-def test_nonfinite_start_ends_at_once(x0):  # T15
+def test_nonfinite_start_ends_at_once(x0):
     sol, name, message = ending(lambda x, _: jnp.sum(jnp.log(x)), jnp.full(3, x0))
     assert name == "nonfinite_start"
     assert "starting point" in message
@@ -212,7 +212,7 @@ def test_nonfinite_start_ends_at_once(x0):  # T15
     ids=["linear", "concave", "exponential"],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_unbounded_is_noticed(fun, dtype):  # T16
+def test_unbounded_is_noticed(fun, dtype):
     sol, name, message = ending(lambda x, _: fun(x), jnp.ones(3, dtype))
     assert name == "unbounded"
     assert "falls without limit" in message
@@ -221,7 +221,7 @@ def test_unbounded_is_noticed(fun, dtype):  # T16
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_line_search_failed_at_a_kink_returns_the_best_point(dtype):  # T2
+def test_line_search_failed_at_a_kink_returns_the_best_point(dtype):
     target = jnp.arange(5, dtype=dtype)
     seen = []
     sol, name, message = ending(

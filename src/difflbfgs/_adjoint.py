@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
 from difflbfgs import _linear, _solve, _vector
-from difflbfgs._checks import check_flag, check_instance, check_tolerance
+from difflbfgs._checks import check_flag, check_instance, check_tolerance, no_type_check
 from difflbfgs._linear import Report
 from difflbfgs._problem import Problem
 from difflbfgs._solution import RESULTS, Outcome, has_converged
@@ -34,6 +35,7 @@ _MAX_PRODUCTS = 10_000
 _ROUNDS = 3
 
 
+@no_type_check
 class AbstractAdjoint(eqx.Module):
     """Base of `ImplicitAdjoint` and `ForwardImplicitAdjoint`, which share their settings."""
 
@@ -72,6 +74,7 @@ class AbstractAdjoint(eqx.Module):
         return _linear.ConjugateGradient(0.5 * wanted, min(10 * n, _MAX_PRODUCTS)), _ROUNDS
 
 
+@no_type_check
 class ImplicitAdjoint(AbstractAdjoint):
     """Reverse-mode derivative of the minimizer by the implicit function theorem.
 
@@ -104,6 +107,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         return _with_objective(outcome, _reverse_objective(static, params, arrays, outcome))
 
 
+@no_type_check
 class ForwardImplicitAdjoint(AbstractAdjoint):
     """The derivative of `ImplicitAdjoint` as a `custom_jvp`, for `jax.jvp` and `jax.jacfwd`.
 
@@ -205,12 +209,15 @@ def _reverse(static, params, arrays) -> Outcome:
 
 
 def _reverse_fwd(static, params, arrays):
+    params, arrays = custom_vjp_primal_tree_values((params, arrays))
     outcome = _forward(static, params, arrays)
     return outcome, (params, arrays, outcome)
 
 
 def _reverse_bwd(static, residuals, cotangent):
     params, arrays, outcome = residuals
+    if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(cotangent.x)):
+        return None, None  # the minimizer was not used: no adjoint to solve
     task, problem = _merge(static, params, arrays)
     u, _ = task.solve_adjoint(problem, outcome, cotangent.x)
     _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).gradient(outcome.x), params)
@@ -218,7 +225,7 @@ def _reverse_bwd(static, residuals, cotangent):
     return _masked(bar, cotangent.x, task.trusts(outcome)), None
 
 
-_reverse.defvjp(_reverse_fwd, _reverse_bwd)
+_reverse.defvjp(_reverse_fwd, _reverse_bwd, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

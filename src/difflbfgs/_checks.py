@@ -1,11 +1,22 @@
 """Checks of arguments: each error names the argument, the value received and the remedy."""
 
 import inspect
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+
+_T = TypeVar("_T")
+
+
+def no_type_check(checked: _T) -> _T:
+    """Mark what checks its own arguments, so that a run-time type checker leaves that to it.
+
+    `typing.no_type_check` would hide the signature from static checkers as well.
+    """
+    checked.__no_type_check__ = True
+    return checked
 
 
 def check_positive_integer(name: str, value: Any) -> None:

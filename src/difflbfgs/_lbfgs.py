@@ -20,6 +20,7 @@ from difflbfgs._checks import (
     check_natural_number,
     check_positive_integer,
     check_tolerance,
+    no_type_check,
 )
 from difflbfgs._curvature import Pair
 from difflbfgs._problem import Problem
@@ -30,6 +31,7 @@ from difflbfgs._vector import Count, Flag, Scalar, Vector
 from difflbfgs._watch import Step, watch
 
 
+@no_type_check
 class LBFGS(eqx.Module):
     """Limited-memory BFGS with a strong-Wolfe line search.
 
@@ -135,14 +137,16 @@ def begin(
     if warm is not None:
         memory = optax.tree.where(trusted, warm.memory, memory)
         reference = jnp.where(trusted, warm.reference, reference)
-    memory = _curvature.moved(memory, x, g, pair)
+    finite = jnp.isfinite(f) & jnp.isfinite(grad_norm) & jnp.isfinite(x_norm)
+    sound = optax.tree.where(finite, (x, g, pair), optax.tree.zeros_like((x, g, pair)))
+    memory = _curvature.moved(memory, *sound)
     nothing = jnp.asarray(False)
     done, result = _stopping.ending(
         successful=_stopping.passes(grad_norm, solver.atol, solver.rtol, reference, scale.local),
         unbounded=nothing,
         noise=_stopping.at_noise_level(f, grad_norm, jnp.full_like(f, jnp.inf), scale),
         stuck=nothing,
-        nonfinite_start=~(jnp.isfinite(f) & jnp.isfinite(grad_norm)),
+        nonfinite_start=~finite,
     )
     return Progress(
         x=x,

@@ -14,6 +14,7 @@ from difflbfgs._checks import (
     check_flag,
     check_instance,
     check_positive_integer,
+    no_type_check,
 )
 from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._problem import Problem, check_same_shape, make_problem, make_variables
@@ -21,6 +22,7 @@ from difflbfgs._solution import Outcome, Solution, has_converged
 from difflbfgs._unrolled import Unrolled, UnrolledState
 
 
+@no_type_check
 def minimize(
     fun: Callable,
     x0: PyTree,
@@ -95,11 +97,11 @@ def minimize(
     x = variables.to_vector(x0)
     problem = make_problem(fun, theta, variables, x, has_aux)
     if isinstance(solver, Unrolled):
-        _check_state(state, UnrolledState, x)
+        _check_state(state, UnrolledState, x, solver)
         outcome = _unrolled.run(problem, x, jax.lax.stop_gradient(state), solver)
         outcome = _raised(outcome) if throw else outcome
     else:
-        _check_state(state, WarmStart, x)
+        _check_state(state, WarmStart, x, solver)
         x, state = jax.lax.stop_gradient((x, state))
         task = Task(x, state, solver, adjoint, max_steps, throw, callback)
         outcome = _solve_differentiably(task, problem)
@@ -123,7 +125,7 @@ def _raised(outcome: Outcome) -> Outcome:
     return outcome.result.error_if(outcome, ~has_converged(outcome.result))
 
 
-def _check_state(state, kind, x) -> None:
+def _check_state(state, kind, x, solver) -> None:
     if state is not None:
         if not isinstance(state, kind):
             raise TypeError(
@@ -131,3 +133,10 @@ def _check_state(state, kind, x) -> None:
                 f"of type {type(state).__name__}. Pass state=solution.state."
             )
         check_same_shape(state.x, x)
+    if isinstance(state, WarmStart) and isinstance(solver, LBFGS):
+        kept = state.memory.weights_memory.shape[-1]
+        if kept != solver.memory_size:
+            raise ValueError(
+                f"state holds {kept} curvature pairs and the solver has memory_size="
+                f"{solver.memory_size}. Keep memory_size, or drop state=."
+            )

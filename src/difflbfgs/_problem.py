@@ -13,7 +13,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from difflbfgs import _vector
 from difflbfgs._program import Program, trace
@@ -24,7 +24,7 @@ class Problem(eqx.Module):
     """`min_x f(x)`; the arrays that `f` depends on, in `theta` or closed over, are `consts`."""
 
     program: Program = eqx.field(static=True)
-    consts: list[Array]
+    consts: PyTree
 
     def objective(self, x: Vector) -> tuple[Scalar, PyTree]:
         """Return `f(x)` and the auxiliary output."""

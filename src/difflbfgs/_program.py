@@ -18,12 +18,12 @@ from jaxtyping import Array, PyTree
 class Program:
     """A jaxpr and the structure of its output; immutable, and compared by content."""
 
-    def __init__(self, jaxpr: core.Jaxpr, structure: Any, static: list[Any]):
+    def __init__(self, jaxpr: core.Jaxpr, structure: Any, static: PyTree):
         self.jaxpr = jaxpr
         self.structure = structure
         self.static = static
 
-    def __call__(self, consts: list[Array], *args: Array) -> PyTree:
+    def __call__(self, consts: PyTree, *args: Array) -> PyTree:
         """Run the program."""
         out = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, consts))(*args)
         return eqx.combine(jax.tree.unflatten(self.structure, out), self.static)
@@ -40,7 +40,7 @@ class Program:
         return hash((self.structure, tuple(eqn.primitive.name for eqn in self.jaxpr.eqns)))
 
 
-def trace(fun: Callable, *args: Array) -> tuple[Program, list[Array]]:
+def trace(fun: Callable, *args: Array) -> tuple[Program, PyTree]:
     """Trace `fun`; return the program and the arrays that it closed over."""
     closed, dynamic, static = eqx.filter_make_jaxpr(fun)(*args)
     return Program(closed.jaxpr, jax.tree.structure(dynamic), static), closed.consts

@@ -43,9 +43,10 @@ def propose(
     done: Flag,
 ) -> Trial:
     """Ask Optax for a step from `x`; once `done`, the step is zero and costs one evaluation."""
-    f_seen, g_seen = optax.tree.where(done, optax.tree.zeros_like((f, g)), (f, g))
+    still = (state[0].params, jnp.zeros_like(f), optax.tree.zeros_like(g))
+    x_seen, f_seen, g_seen = optax.tree.where(done, still, (x, f, g))
     fun = _silenced(problem, done, x)
-    updates, state = engine.update(g_seen, state, x, value=f_seen, grad=g_seen, value_fn=fun)
+    updates, state = engine.update(g_seen, state, x_seen, value=f_seen, grad=g_seen, value_fn=fun)
     x_new = optax.apply_updates(x, updates)
     search = state[-1]
     info = getattr(search, "info", None)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from difflbfgs import _vector
-from difflbfgs._checks import check_flag, check_instance, check_positive_integer
+from difflbfgs._checks import check_flag, check_instance, check_positive_integer, no_type_check
 from difflbfgs._problem import Problem
 from difflbfgs._solution import RESULTS, Outcome, Stats, count
 from difflbfgs._vector import Vector
 
 
+@no_type_check
 class Unrolled(eqx.Module):
     """Run an Optax gradient method for a fixed number of steps and differentiate through it.
 

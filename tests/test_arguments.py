@@ -1,0 +1,117 @@
+"""Bad input: every error names the argument, the value received and the remedy."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optax
+import pytest
+
+import difflbfgs as dl
+
+
+def fun(x, theta):
+    return jnp.sum((x - 1.0) ** 2)
+
+
+X0 = jnp.zeros(2)
+BAD_SETTINGS = [
+    (lambda: dl.LBFGS(memory_size=0), ValueError, ["memory_size", "0", "at least 1"]),
+    (lambda: dl.LBFGS(memory_size=2.5), TypeError, ["memory_size", "2.5", "integer"]),
+    (lambda: dl.LBFGS(memory_size=True), TypeError, ["memory_size", "True", "integer"]),
+    (lambda: dl.LBFGS(rtol=-1e-3), ValueError, ["rtol", "-0.001", "nonnegative", "1e-6"]),
+    (lambda: dl.LBFGS(rtol=float("nan")), ValueError, ["rtol", "nan", "nonnegative"]),
+    (lambda: dl.LBFGS(rtol="tight"), TypeError, ["rtol", "'tight'", "1e-6"]),
+    (lambda: dl.LBFGS(atol=-1.0), ValueError, ["atol", "-1.0", "nonnegative"]),
+    (lambda: dl.LBFGS(atol=None), TypeError, ["atol", "None", "number"]),
+    (lambda: dl.LBFGS(atol=jnp.zeros(2)), ValueError, ["atol", "scalar"]),
+    (lambda: dl.LBFGS(polish=-1), ValueError, ["polish", "-1", "at least 0"]),
+    (lambda: dl.LBFGS(polish=1.0), TypeError, ["polish", "1.0", "integer"]),
+    (lambda: dl.LBFGS(linesearch="zoom"), TypeError, ["linesearch", "'zoom'", "optax"]),
+    (lambda: dl.LBFGS(flatten=1), TypeError, ["flatten", "1", "True or False"]),
+    (lambda: dl.Unrolled(optax.sgd(0.1), 0), ValueError, ["num_steps", "0", "at least 1"]),
+    (lambda: dl.Unrolled(optax.sgd(0.1), 1.5), TypeError, ["num_steps", "1.5", "integer"]),
+    (lambda: dl.Unrolled(optax.sgd, 3), TypeError, ["optimizer", "sgd", "optax.sgd(0.1)"]),
+    (lambda: dl.Unrolled(0.1, 3), TypeError, ["optimizer", "0.1", "optax.sgd(0.1)"]),
+    (lambda: dl.ImplicitAdjoint(rtol=-1.0), ValueError, ["rtol", "-1.0", "nonnegative"]),
+    (lambda: dl.ImplicitAdjoint(ridge=-1.0), ValueError, ["ridge", "-1.0", "nonnegative"]),
+    (lambda: dl.ImplicitAdjoint(ridge="x"), TypeError, ["ridge", "'x'"]),
+    (lambda: dl.ImplicitAdjoint(lx.CG), TypeError, ["linear_solver", "class CG", "lineax.CG("]),
+    (lambda: dl.ImplicitAdjoint("cg"), TypeError, ["linear_solver", "'cg'", "lineax.CG("]),
+    (lambda: dl.ForwardImplicitAdjoint(approximate=1), TypeError, ["approximate", "1"]),
+]
+BAD_CALLS = [
+    ({"solver": dl.LBFGS}, TypeError, ["solver", "class LBFGS", "solver=LBFGS()"]),
+    ({"solver": optax.lbfgs()}, TypeError, ["solver", "LBFGS()"]),
+    ({"adjoint": dl.ImplicitAdjoint}, TypeError, ["adjoint", "class", "ImplicitAdjoint()"]),
+    ({"adjoint": "implicit"}, TypeError, ["adjoint", "'implicit'", "ImplicitAdjoint()"]),
+    ({"max_steps": 0}, ValueError, ["max_steps", "0", "at least 1"]),
+    ({"max_steps": -5}, ValueError, ["max_steps", "-5", "at least 1"]),
+    ({"max_steps": 1e3}, TypeError, ["max_steps", "1000.0", "integer"]),
+    ({"has_aux": 1}, TypeError, ["has_aux", "1"]),
+    ({"throw": None}, TypeError, ["throw", "None"]),
+    ({"callback": 3}, TypeError, ["callback", "3", "progress_bar()"]),
+    ({"state": 3}, TypeError, ["state", "3", "solution.state"]),
+    ({"has_aux": True}, TypeError, ["has_aux=True", "pair", "float64[]"]),
+    ({"x0": jnp.arange(3)}, ValueError, ["x0", "int64[3]", "0.0"]),
+    ({"x0": {}}, ValueError, ["x0", "none"]),
+    ({"x0": None}, ValueError, ["x0", "none"]),
+    ({"x0": jnp.zeros(0)}, ValueError, ["x0", "at least one entry"]),
+    ({"x0": "start"}, ValueError, ["x0", "str"]),
+    ({"fun": 3}, TypeError, ["fun", "3", "fun(x, theta)"]),
+    ({"fun": lambda x, t: x}, ValueError, ["fun", "(2,)", "jnp.sum"]),
+    ({"fun": lambda x, t: x[:1]}, ValueError, ["fun", "(1,)", "jnp.sum"]),
+    ({"fun": lambda x, t: jnp.sum(x) * 1j}, TypeError, ["fun", "complex128", "jnp.real"]),
+    ({"fun": lambda x, t: 3}, TypeError, ["fun", "int", "floating-point"]),
+    ({"fun": lambda x, t: None}, TypeError, ["fun", "None", "Return"]),
+    ({"fun": lambda x, t: (jnp.sum(x**2), x)}, TypeError, ["fun", "tuple", "has_aux=True"]),
+    ({"fun": lambda x, t: jnp.sum(x), "has_aux": True}, TypeError, ["has_aux=True", "pair"]),
+]
+
+
+def check(call, error, fragments):
+    with pytest.raises(error) as caught:
+        call()
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(("call", "error", "fragments"), BAD_SETTINGS)
+def test_bad_settings(call, error, fragments):
+    check(call, error, fragments)
+
+
+@pytest.mark.parametrize(("options", "error", "fragments"), BAD_CALLS)
+def test_bad_calls(options, error, fragments):
+    options = {"fun": fun, "x0": X0, **options}
+    check(lambda: dl.minimize(**options), error, fragments)
+
+
+def test_a_state_of_another_problem_is_refused():
+    state = dl.minimize(fun, jnp.zeros(3)).state
+    check(lambda: dl.minimize(fun, X0, state=state), ValueError, ["state", "3", "2", "x0"])
+    check(
+        lambda: dl.minimize(fun, jnp.zeros(3, jnp.float32), state=state),
+        ValueError,
+        ["state", "float32", "dtype"],
+    )
+    check(
+        lambda: dl.minimize(fun, jnp.zeros(3), state=state, solver=dl.LBFGS(memory_size=3)),
+        ValueError,
+        ["state", "memory_size", "10", "3"],
+    )
+
+
+def test_errors_are_the_same_under_jit():
+    check(
+        lambda: jax.jit(lambda x: dl.minimize(lambda x, t: x, x).value)(X0),
+        ValueError,
+        ["fun", "(2,)", "jnp.sum"],
+    )
+
+
+def test_tolerances_may_be_traced():
+    loose, tight = (
+        jax.jit(lambda rtol: dl.minimize(fun, X0, solver=dl.LBFGS(rtol=rtol)).stats.grad_norm)(r)
+        for r in (1e-2, 1e-10)
+    )
+    assert tight <= loose

@@ -1,0 +1,66 @@
+"""What is in the compiled program: copies of the objective, arrays, memory."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import difflbfgs as dl
+
+
+def objective(x, theta):
+    """Contains one error function, which marks the copies of the objective."""
+    return jnp.sum(theta * (x - 1) ** 2) + jax.lax.erf(jnp.sum(x[:3]))
+
+
+def copies(function, *args):
+    """Count the marker in the optimised program."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return len(re.findall(r" erf\(", text))
+
+
+@pytest.mark.parametrize("polish", [0, 1, 3])
+@pytest.mark.parametrize("throw", [True, False])
+def test_at_most_three_copies_of_the_objective(polish, throw):
+    def solve(theta):
+        sol = dl.minimize(
+            objective, jnp.zeros(9), theta, solver=dl.LBFGS(polish=polish), throw=throw
+        )
+        return sol.value, sol.objective, sol.result, sol.stats
+
+    assert 2 <= copies(solve, 1.0) <= 3
+
+
+N = 3000
+
+
+def large(x, theta):
+    return jnp.sum(theta * jnp.cosh(x - 0.5)) + 0.1 * jnp.sum((x[1:] - x[:-1]) ** 2)
+
+
+def gradient_program(max_steps):
+    def loss(theta):
+        return jnp.sum(dl.minimize(large, jnp.zeros(N), theta, max_steps=max_steps).value ** 2)
+
+    return jax.jit(jax.grad(loss)).lower(jnp.ones(N)).compile()
+
+
+def test_no_dense_matrix_and_nothing_that_grows_with_max_steps():
+    short, long = gradient_program(321), gradient_program(76543)
+    for program in (short, long):
+        sizes = re.findall(r"f64\[([\d,]+)\]", program.as_text())
+        largest = max(eval(size.replace(",", "*")) for size in sizes)
+        assert largest <= 10 * N  # the memory of pairs
+    memory = [program.memory_analysis().temp_size_in_bytes for program in (short, long)]
+    assert memory[0] == memory[1]
+    assert memory[0] < 8 * N * (2 * 2 * 10 + 60)
+
+
+def test_small_problems_assemble_one_matrix_for_all_cotangents():
+    def jacobian(theta):
+        return jax.jacrev(lambda t: dl.minimize(objective, jnp.zeros(9), t).value)(theta)
+
+    text = jax.jit(jacobian).lower(jnp.ones(9)).compile().as_text()
+    assert len(re.findall(r"custom_call_target=\"lapack_dpotrf", text)) == 1
+    assert not re.search(r"f64\[9,9,9\]", text)

@@ -1,0 +1,187 @@
+"""Known defects of the parts that we are built from, each with its remedy.
+
+Kinks, NaN and unbounded objectives are in test_failures.py, dtypes and structures in
+test_border.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import difflbfgs as dl
+from problems import THETA, quadratic, relative_error, ridge
+
+COMPILED = []
+
+
+def listen(event, duration, **_):
+    if event.endswith("backend_compile_duration"):
+        COMPILED.append(duration)
+
+
+jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def wavy(x, _):
+    return jnp.sum(jnp.cos(x) + 0.01 * x**2)
+
+
+WAVY_START = jnp.asarray([0.3, -0.2, 0.1])
+
+
+def raw_optax_weights(steps):
+    """Return the memory weights of a plain Optax loop with backtracking on `wavy`."""
+    optimizer = optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(20))
+
+    def step(carry, _):
+        x, state = carry
+        value, grad = jax.value_and_grad(wavy)(x, None)
+        updates, state = optimizer.update(
+            grad, state, x, value=value, grad=grad, value_fn=lambda x: wavy(x, None)
+        )
+        return (optax.apply_updates(x, updates), state), jnp.min(state[0].weights_memory)
+
+    return jax.lax.scan(step, (WAVY_START, optimizer.init(WAVY_START)), length=steps)[1]
+
+
+def test_no_pair_of_negative_curvature_is_kept():
+    assert jnp.min(raw_optax_weights(5)) < 0
+    solver = dl.LBFGS(linesearch=optax.scale_by_backtracking_linesearch(20))
+    objectives = []
+    sol = dl.minimize(
+        wavy, WAVY_START, solver=solver, callback=lambda s: objectives.append(float(s.objective))
+    )
+    jax.effects_barrier()
+    assert sol.result == dl.RESULTS.successful
+    assert jnp.all(sol.state.memory.weights_memory >= 0)
+    assert jnp.allclose(jnp.abs(sol.value), 3.0799, atol=1e-3)
+    assert np.all(np.diff(objectives) <= 1e-14)
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_no_pair_of_negative_curvature_is_kept_at_any_step(steps):
+    solver = dl.LBFGS(linesearch=optax.scale_by_backtracking_linesearch(20))
+    sol = dl.minimize(wavy, WAVY_START, solver=solver, max_steps=steps, throw=False)
+    assert jnp.all(sol.state.memory.weights_memory >= 0)
+
+
+def rosenbrock(x, _):
+    return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("fun", [rosenbrock, wavy], ids=["rosenbrock", "wavy"])
+def test_the_objective_never_rises(fun, dtype):
+    objectives = []
+    x0 = jnp.asarray([-1.2, 1.0, -0.5, 0.8], dtype)
+    dl.minimize(fun, x0, callback=lambda s: objectives.append(float(s.objective)))
+    jax.effects_barrier()
+    rises = np.diff(objectives) / np.abs(objectives[:-1])
+    assert len(objectives) > 3
+    assert np.all(rises <= 20 * jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("rtol", [1e-3, 1e-6, None])
+def test_rosenbrock_has_no_false_convergence(rtol):
+    x0 = jnp.asarray([-1.2, 1.0])
+    for polish in (0, 1):
+        sol = dl.minimize(rosenbrock, x0, solver=dl.LBFGS(rtol=rtol, polish=polish))
+        assert jnp.allclose(sol.value, 1, atol=2e-2)
+        assert sol.stats.grad_norm <= (rtol or 1.5e-8) * sol.stats.reference_grad_norm
+
+
+@pytest.mark.parametrize("polish", [0, 1])
+def test_scaling_the_objective_changes_nothing(polish):
+    fun, _, theta = quadratic(1e2)
+    solver = dl.LBFGS(polish=polish)
+    solve = jax.jit(
+        lambda c: dl.minimize(lambda x, t: c * fun(x, t), jnp.ones(20), theta, solver=solver)
+    )
+    reference = solve(1.0)
+    for c in (1e-12, 1e-6, 1e8):
+        sol = solve(c)
+        assert abs(sol.stats.num_fun_evals - reference.stats.num_fun_evals) <= 1
+        assert relative_error(sol.value, reference.value) < (1e-6 if polish == 0 else 1e-12)
+
+
+def test_a_far_start_does_not_loosen_the_test():
+    def fun(x, theta):
+        return 0.5 * jnp.sum(jnp.asarray([1.0, 3.0, 10.0]) * (x - theta) ** 2)
+
+    for start in (1e4, 1e10):
+        sol = dl.minimize(fun, jnp.full(3, start), 1.0, solver=dl.LBFGS(polish=0))
+        assert relative_error(sol.value, jnp.ones(3)) < 1e-6
+
+
+def test_a_start_next_to_the_minimum_is_not_out_of_reach():
+    fun, solution, theta = quadratic(1e2)
+    for distance in (1e-12, 1e-9, 1e-6):
+        sol = dl.minimize(fun, solution(theta) + distance, theta, solver=dl.LBFGS(polish=0))
+        assert sol.converged
+        assert sol.stats.num_fun_evals < 60
+
+
+def test_a_solve_without_jit_compiles_once():
+    def fun(x, theta):
+        return jnp.sum((x - theta) ** 4 + x**2)
+
+    def solve(theta):
+        return dl.minimize(fun, jnp.zeros(7), theta).value
+
+    solve(jnp.full(7, 5.0))
+    COMPILED.clear()
+    for i in range(3):
+        solve(jnp.full(7, 1.0 + i))
+    assert not COMPILED
+    jax.jit(lambda x: x * 3.21)(1.0)
+    assert len(COMPILED) == 1
+
+
+def test_a_changed_global_is_seen_without_jit():
+    scale = 1.0
+
+    def fun(x, theta):
+        return scale * jnp.sum((x - theta) ** 2) + jnp.sum(x**2)
+
+    first = dl.minimize(fun, jnp.zeros(2), 1.0).value
+    scale = 3.0
+    second = dl.minimize(fun, jnp.zeros(2), 1.0).value
+    assert jnp.allclose(first, 0.5)
+    assert jnp.allclose(second, 0.75)
+
+
+def test_a_lane_costs_under_vmap_what_it_costs_alone():
+    thetas = jnp.stack([THETA, 3 * THETA, THETA - 2])
+
+    def evaluations(theta):
+        return dl.minimize(ridge, jnp.zeros(5), theta).stats.num_fun_evals
+
+    alone = [int(evaluations(theta)) for theta in thetas]
+    one_lane = jax.vmap(evaluations)(thetas[:1])
+    assert list(jax.vmap(evaluations)(thetas)) == alone
+    assert int(one_lane[0]) == alone[0]
+
+
+def test_a_finished_lane_does_not_set_the_pace():
+    """A lane that starts at NaN would make every line search of the batch run to its limit."""
+    trips = []
+
+    def fun(x, theta):
+        jax.debug.callback(lambda _: trips.append(1), x[0])
+        return theta * jnp.sum(jnp.cosh(x - 1))
+
+    def solve(thetas):
+        trips.clear()
+        solver = dl.LBFGS(polish=0)
+        jax.block_until_ready(
+            jax.vmap(lambda t: dl.minimize(fun, jnp.zeros(2), t, solver=solver, throw=False).value)(
+                thetas
+            )
+        )
+        jax.effects_barrier()
+        return len(trips)
+
+    well = solve(jnp.asarray([1.0, 1.0]))
+    assert solve(jnp.asarray([1.0, jnp.nan])) <= 1.2 * well
