@@ -1,11 +1,11 @@
 """Checks of arguments: each error names the argument, the value received and the remedy."""
 
 import inspect
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 _T = TypeVar("_T")
 
@@ -15,7 +15,7 @@ def no_type_check(checked: _T) -> _T:
 
     `typing.no_type_check` would hide the signature from static checkers as well.
     """
-    checked.__no_type_check__ = True
+    cast(Any, checked).__no_type_check__ = True
     return checked
 
 
@@ -31,15 +31,15 @@ def check_natural_number(name: str, value: Any) -> None:
 
 def check_tolerance(name: str, value: Any, optional: bool = False) -> None:
     """Raise unless `value` is a nonnegative real scalar, or `None` where that is allowed."""
-    if value is None and optional:
+    if optional and value is None:
         return
     alternative = " or None for the default" if optional else ""
     remedy = f"Pass a nonnegative number such as 1e-6{alternative}."
-    if isinstance(value, bool) or not eqx.is_array_like(value):
+    if value is None or isinstance(value, bool) or not eqx.is_array_like(value):
         raise TypeError(f"{name} must be a real number, got {value!r}. {remedy}")
     if jnp.shape(value) != () or jnp.iscomplexobj(value):
         raise ValueError(f"{name} must be a real scalar, got {value!r}. {remedy}")
-    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < float("inf"):
+    if not isinstance(value, Tracer) and not 0 <= float(value) < float("inf"):
         raise ValueError(f"{name} must be nonnegative and finite, got {value!r}. {remedy}")
 
 

@@ -24,7 +24,7 @@ class Pair(eqx.Module):
     def is_curved(self) -> Flag:
         """Return whether `sᵀy > eps ‖s‖ ‖y‖`, so that updating with this pair keeps P positive."""
         s, y = _unit(self.s), _unit(self.y)
-        return optax.tree.vdot(s, y) > _vector.epsilon(self.s)
+        return _vector.dot(s, y) > _vector.epsilon(self.s)
 
     def curvature(self) -> Scalar:
         """Return `‖y‖ / ‖s‖`, a Rayleigh-like quotient of the Hessian along `s`; 0 if `s = 0`."""
@@ -39,20 +39,20 @@ def isotropic(x: Vector, g: Vector, curvature: Scalar) -> Pair:
     long as `x`, so that no digit is lost when Optax recovers it from a difference of points.
     """
     length = jnp.maximum(_vector.norm(x), _vector.norm(g) / _nonzero(curvature))
-    s = optax.tree.scale(length / _nonzero(_vector.norm(g)), g)
-    return Pair(s, optax.tree.scale(curvature, s))
+    s = _vector.scale(length / _nonzero(_vector.norm(g)), g)
+    return Pair(s, _vector.scale(curvature, s))
 
 
 def newest(memory: optax.ScaleByLBFGSState, x: Vector, g: Vector) -> Pair:
     """Return the pair of the last step, which Optax has not formed yet."""
-    return Pair(optax.tree.sub(x, memory.params), optax.tree.sub(g, memory.updates))
+    return Pair(_vector.sub(x, memory.params), _vector.sub(g, memory.updates))
 
 
 def moved(memory: optax.ScaleByLBFGSState, x: Vector, g: Vector, pair: Pair):
     """Return `memory` at the point `x` with gradient `g`, with `pair` as its newest pair."""
     return memory._replace(
-        params=optax.tree.sub(x, pair.s),
-        updates=optax.tree.sub(g, pair.y),
+        params=_vector.sub(x, pair.s),
+        updates=_vector.sub(g, pair.y),
         count=jnp.maximum(memory.count, 1),
     )
 
@@ -63,7 +63,7 @@ def emptied(memory: optax.ScaleByLBFGSState) -> optax.ScaleByLBFGSState:
 
 
 def _unit(x):
-    return optax.tree.scale(1 / _nonzero(_vector.norm(x)), x)
+    return _vector.scale(1 / _nonzero(_vector.norm(x)), x)
 
 
 def _nonzero(value):

@@ -130,15 +130,16 @@ def begin(
     believed = jnp.isfinite(curvature) & (grad_norm <= 100 * room * curvature)
     curvature = jnp.where(believed, curvature, grad_norm / room)
     trusted = believed & pair.is_curved()
-    pair = optax.tree.where(trusted, pair, _curvature.isotropic(x, g, curvature))
-    memory, *others = solver.engine(_vector.epsilon(x)).init(x)
+    pair = _vector.where(trusted, pair, _curvature.isotropic(x, g, curvature))
+    initial: Any = solver.engine(_vector.epsilon(x)).init(x)
+    memory, others = initial[0], initial[1:]
     scale = Scale.first(grad_norm, curvature, x_norm)
     reference = scale.reference()
     if warm is not None:
-        memory = optax.tree.where(trusted, warm.memory, memory)
+        memory = _vector.where(trusted, warm.memory, memory)
         reference = jnp.where(trusted, warm.reference, reference)
     finite = jnp.isfinite(f) & jnp.isfinite(grad_norm) & jnp.isfinite(x_norm)
-    sound = optax.tree.where(finite, (x, g, pair), optax.tree.zeros_like((x, g, pair)))
+    sound = _vector.where(finite, (x, g, pair), _vector.zeros_like((x, g, pair)))
     memory = _curvature.moved(memory, *sound)
     nothing = jnp.asarray(False)
     done, result = _stopping.ending(
@@ -199,12 +200,12 @@ def search(
 
 def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> Progress:
     """Accept or reject the trial, keep or drop its pair, and see whether that was the end."""
-    pair = Pair(optax.tree.sub(trial.x, now.x), optax.tree.sub(trial.g, now.g))
+    pair = Pair(_vector.sub(trial.x, now.x), _vector.sub(trial.g, now.g))
     level = now.least_f + _stopping.rounding(now.least_f)
     finite = jnp.isfinite(trial.f) & jnp.isfinite(_vector.norm((pair.s, trial.g)))
     accepted = finite & (trial.f <= level) & ~_vector.is_zero(pair.s)
     curved = accepted & pair.is_curved()
-    x, f, g = optax.tree.where(accepted, (trial.x, trial.f, trial.g), (now.x, now.f, now.g))
+    x, f, g = _vector.where(accepted, (trial.x, trial.f, trial.g), (now.x, now.f, now.g))
     grad_norm = _vector.norm(g)
 
     scale = _rescaled(now.scale, pair, accepted, curved, x, x0)
@@ -226,7 +227,7 @@ def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> 
         x=x,
         f=f,
         g=g,
-        engine=optax.tree.where(curved, trial.engine, restarted),
+        engine=_vector.where(curved, trial.engine, restarted),
         scale=scale,
         reference=reference,
         least_f=jnp.minimum(f, now.least_f),
@@ -243,10 +244,10 @@ def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> 
 
 def _rescaled(scale: Scale, pair: Pair, accepted, curved, x, x0) -> Scale:
     """Return the scale of things after a step."""
-    travel = _vector.norm(optax.tree.sub(x, x0))
+    travel = _vector.norm(_vector.sub(x, x0))
     curvature = jnp.where(curved, pair.curvature(), 0)
     after = scale.after(_vector.norm(pair.s), curvature, _vector.norm(x), travel)
-    return optax.tree.where(accepted, after, scale)
+    return _vector.where(accepted, after, scale)
 
 
 def _patience(trial: Trial, now: Progress, pair: Pair, accepted, grad_norm) -> Patience:
@@ -254,7 +255,7 @@ def _patience(trial: Trial, now: Progress, pair: Pair, accepted, grad_norm) -> P
     progress = (trial.f < now.least_f - _stopping.rounding(now.least_f)) | (
         grad_norm < 0.5 * now.least_grad_norm
     )
-    steep = optax.tree.vdot(trial.g, pair.s) <= 0.9 * optax.tree.vdot(now.g, pair.s)
+    steep = _vector.dot(trial.g, pair.s) <= 0.9 * _vector.dot(now.g, pair.s)
     runaway = accepted & steep & (trial.step_size >= _stopping.RUNAWAY_STEP)
     return Patience(
         stalled=jnp.where(accepted & progress, 0, now.patience.stalled + accepted),

@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from difflbfgs import _vector
@@ -72,25 +72,25 @@ class ConjugateGradient(lx.AbstractLinearSolver):
         def advance(carry):
             u, r, p, rz, step, (low, high), _ = carry
             hp = state.mv(p)
-            curvature = optax.tree.vdot(p, hp)
-            quotient = curvature / optax.tree.vdot(p, p)
+            curvature = _vector.dot(p, hp)
+            quotient = curvature / _vector.dot(p, p)
             low, high = jnp.minimum(low, quotient), jnp.maximum(high, jnp.abs(quotient))
             broken = ~(quotient > eps * high)
             alpha = jnp.where(broken, 0, rz / jnp.where(broken, 1, curvature))
-            u = optax.tree.add_scale(u, alpha, p)
-            r = optax.tree.add_scale(r, -alpha, hp)
+            u = _vector.add_scaled(u, alpha, p)
+            r = _vector.add_scaled(r, -alpha, hp)
             z = precondition(r)
-            rz_next = optax.tree.vdot(r, z)
-            p = optax.tree.add_scale(z, rz_next / rz, p)
+            rz_next = _vector.dot(r, z)
+            p = _vector.add_scaled(z, rz_next / rz, p)
             return u, r, p, rz_next, step + 1, (low, high), broken
 
         z = precondition(vector)
         zero = jnp.zeros_like(target)
         start = (
-            optax.tree.zeros_like(vector),
+            _vector.zeros_like(vector),
             vector,
             z,
-            optax.tree.vdot(vector, z),
+            _vector.dot(vector, z),
             count(0),
             (zero + jnp.inf, zero),
             jnp.asarray(False),
@@ -149,7 +149,7 @@ class Dense(lx.AbstractLinearSolver):
         """Solve with the factor, or with the eigendecomposition."""
         del options
         _, factor, (values, vectors), extremes, sound = state
-        flat, unravel = jax.flatten_util.ravel_pytree(vector)
+        flat, unravel = ravel_pytree(vector)
         with_factor = lx.Cholesky().compute(factor, flat, {})[0]
         noise = _ZERO_CURVATURE * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(values))
         nonzero = jnp.abs(values) > noise
@@ -207,12 +207,12 @@ def solve_verified(
 
     def refine(carry):
         u, r, (length, _), (rounds_done, steps, low, high) = carry
-        unit = optax.tree.scale(1 / jnp.where(length > 0, length, 1), r)
+        unit = _vector.scale(1 / jnp.where(length > 0, length, 1), r)
         solution = lx.linear_solve(
             operator, unit, solver, options=options, state=state, throw=False
         )
-        u = optax.tree.add_scale(u, length, solution.value)
-        r = optax.tree.sub(v, operator.mv(u))
+        u = _vector.add_scaled(u, length, solution.value)
+        r = _vector.sub(v, operator.mv(u))
         along = _rayleigh(solution.value, unit)
         low = jnp.minimum(low, solution.stats.get("min_curvature", along))
         high = jnp.maximum(high, solution.stats.get("max_curvature", jnp.abs(along)))
@@ -221,7 +221,7 @@ def solve_verified(
 
     length = _vector.norm(v)
     extremes = (jnp.full_like(length, jnp.inf), jnp.zeros_like(length))
-    start = (optax.tree.zeros_like(v), v, (length, length), (count(0), count(0), *extremes))
+    start = (_vector.zeros_like(v), v, (length, length), (count(0), count(0), *extremes))
     u, _, (residual, _), (_, steps, low, high) = jax.lax.while_loop(unfinished, refine, start)
     converged = residual <= accepted
     indefinite = low < -_ZERO_CURVATURE * _vector.epsilon(v) * high
@@ -232,5 +232,5 @@ def solve_verified(
 
 def _rayleigh(u, hu) -> Float[Array, ""]:
     """Return `uᵀHu / uᵀu`, given `H u`; infinite where `u` is zero."""
-    square = optax.tree.vdot(u, u)
-    return jnp.where(square > 0, optax.tree.vdot(u, hu) / jnp.where(square > 0, square, 1), jnp.inf)
+    square = _vector.dot(u, u)
+    return jnp.where(square > 0, _vector.dot(u, hu) / jnp.where(square > 0, square, 1), jnp.inf)

@@ -5,10 +5,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from difflbfgs import _unrolled
-from difflbfgs._adjoint import AbstractAdjoint, ImplicitAdjoint, Task
+from difflbfgs._adjoint import AbstractAdjoint, ImplicitAdjoint
 from difflbfgs._checks import (
     check_callable,
     check_flag,
@@ -18,6 +19,7 @@ from difflbfgs._checks import (
 )
 from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._problem import Problem, check_same_shape, make_problem, make_variables
+from difflbfgs._rule import Task
 from difflbfgs._solution import Outcome, Solution, has_converged
 from difflbfgs._unrolled import Unrolled, UnrolledState
 
@@ -134,7 +136,7 @@ def _check_state(state, kind, x, solver) -> None:
             )
         check_same_shape(state.x, x)
     if isinstance(state, WarmStart) and isinstance(solver, LBFGS):
-        kept = state.memory.weights_memory.shape[-1]
+        kept = jnp.size(state.memory.weights_memory)
         if kept != solver.memory_size:
             raise ValueError(
                 f"state holds {kept} curvature pairs and the solver has memory_size="

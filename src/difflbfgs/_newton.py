@@ -10,7 +10,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import optax
 
 from difflbfgs import _vector
 from difflbfgs._linear import ConjugateGradient
@@ -32,8 +31,8 @@ def newton_step(
     solver = ConjugateGradient(forcing, min(2 * _vector.size(g) + 10, _MAX_PRODUCTS))
     tags = (lx.symmetric_tag, lx.positive_semidefinite_tag)
     operator = lx.FunctionLinearOperator(hvp, jax.eval_shape(lambda: g), tags)
-    unit = optax.tree.scale(jnp.where(active, 1 / jnp.where(grad_norm > 0, grad_norm, 1), 0), g)
-    unit = optax.tree.where(active, unit, optax.tree.zeros_like(unit))
+    unit = _vector.scale(jnp.where(active, 1 / jnp.where(grad_norm > 0, grad_norm, 1), 0), g)
+    unit = _vector.where(active, unit, _vector.zeros_like(unit))
     solution = lx.linear_solve(operator, unit, solver, throw=False)
     curved = solution.stats["min_curvature"] > 0
-    return optax.tree.scale(grad_norm, solution.value), curved, solution.stats["num_steps"]
+    return _vector.scale(grad_norm, solution.value), curved, solution.stats["num_steps"]

@@ -53,9 +53,9 @@ def _same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, core.Jaxpr | core.ClosedJaxpr):
-        return _same(getattr(a, "consts", ()), getattr(b, "consts", ())) and _same_jaxpr(
-            getattr(a, "jaxpr", a), getattr(b, "jaxpr", b)
-        )
+        consts, others = getattr(a, "consts", ()), getattr(b, "consts", ())
+        inner: Any = getattr(a, "jaxpr", a)
+        return _same(consts, others) and _same_jaxpr(inner, getattr(b, "jaxpr", b))
     if isinstance(a, tuple | list):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict):

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 
 from difflbfgs import _lbfgs, _stopping, _vector
 from difflbfgs._curvature import Pair
@@ -73,7 +72,7 @@ def _polished(problem, x, warm, solver, search) -> tuple[Progress, Count]:
 
         def first():
             length = _vector.norm(g)
-            down = optax.tree.scale(1 / jnp.where(length > 0, length, 1), g)
+            down = _vector.scale(1 / jnp.where(length > 0, length, 1), g)
             pair = Pair(down, hvp(down))
             progress = search(now.candidate, f, g, pair)
             return _Polish(progress, progress.x, jnp.asarray(True), now.num_hvps + (warm is None))
@@ -82,14 +81,14 @@ def _polished(problem, x, warm, solver, search) -> tuple[Progress, Count]:
             progress, accepted = _judge(now, f, g, solver)
             active = (k <= solver.polish) & ((k == 1) | accepted) & _is_worth_it(progress)
             d, curved, products = newton_step(hvp, g, progress.reference, active)
-            candidate = optax.tree.sub(progress.x, d)
+            candidate = _vector.sub(progress.x, d)
             return _Polish(progress, candidate, curved, now.num_hvps + products)
 
         return jax.lax.cond(k == 0, first, further)
 
     zero = jnp.zeros((), _vector.dtype(x))
-    nowhere = Pair(optax.tree.zeros_like(x), optax.tree.zeros_like(x))
-    before = _lbfgs.begin(solver, x, zero, optax.tree.zeros_like(x), nowhere, warm)
+    nowhere = Pair(_vector.zeros_like(x), _vector.zeros_like(x))
+    before = _lbfgs.begin(solver, x, zero, _vector.zeros_like(x), nowhere, warm)
     start = _Polish(before, x, jnp.asarray(True), count(0))
     end = jax.lax.fori_loop(0, solver.polish + 2, polish_round, start)
     return end.progress, end.num_hvps
@@ -104,7 +103,7 @@ def _judge(now: _Polish, f, g, solver) -> tuple[Progress, Flag]:
         & (grad_norm < _vector.norm(before.g))
         & (f <= before.f + before.scale.noise(before.f))
     )
-    x, f, g = optax.tree.where(accepted, (now.candidate, f, g), (before.x, before.f, before.g))
+    x, f, g = _vector.where(accepted, (now.candidate, f, g), (before.x, before.f, before.g))
     small = _stopping.passes(
         grad_norm, solver.atol, solver.rtol, before.reference, jnp.asarray(True)
     )

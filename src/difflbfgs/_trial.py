@@ -43,8 +43,8 @@ def propose(
     done: Flag,
 ) -> Trial:
     """Ask Optax for a step from `x`; once `done`, the step is zero and costs one evaluation."""
-    still = (state[0].params, jnp.zeros_like(f), optax.tree.zeros_like(g))
-    x_seen, f_seen, g_seen = optax.tree.where(done, still, (x, f, g))
+    still = (state[0].params, jnp.zeros_like(f), _vector.zeros_like(g))
+    x_seen, f_seen, g_seen = _vector.where(done, still, (x, f, g))
     fun = _silenced(problem, done, x)
     updates, state = engine.update(g_seen, state, x_seen, value=f_seen, grad=g_seen, value_fn=fun)
     x_new = optax.apply_updates(x, updates)
@@ -58,7 +58,7 @@ def propose(
         f_new, g_new = search.value, search.grad
     step_size = jnp.asarray(getattr(search, "learning_rate", 1.0), _vector.dtype(x))
     moved = step_size > 0
-    decrease = -optax.tree.vdot(g, updates) / jnp.where(moved, step_size, 1)
+    decrease = -_vector.dot(g, updates) / jnp.where(moved, step_size, 1)
     return Trial(
         x=x_new,
         f=f_new,
@@ -82,11 +82,11 @@ def probe(problem: Problem, x: Vector) -> tuple[Scalar, Vector, Pair]:
         f, g = problem.value_and_gradient(point)
         length = _vector.norm(g)
         down = -reach / jnp.where(length > 0, length, 1)
-        return here, (point, f, g), optax.tree.add_scale(point, down, g)
+        return here, (point, f, g), _vector.add_scaled(point, down, g)
 
-    nowhere = (x, jnp.zeros((), _vector.dtype(x)), optax.tree.zeros_like(x))
+    nowhere = (x, jnp.zeros((), _vector.dtype(x)), _vector.zeros_like(x))
     (_, f, g), (x_near, _, g_near), _ = jax.lax.fori_loop(0, 2, evaluate, (nowhere, nowhere, x))
-    return f, g, Pair(optax.tree.sub(x, x_near), optax.tree.sub(g, g_near))
+    return f, g, Pair(_vector.sub(x, x_near), _vector.sub(g, g_near))
 
 
 def _silenced(problem, done, like):
@@ -103,8 +103,8 @@ def _silenced(problem, done, like):
     @fun.defjvp
     def fun_jvp(primals, tangents):
         found = problem.value_and_gradient(primals[0])
-        f, g = optax.tree.where(done, optax.tree.zeros_like(found), found)
-        return f, optax.tree.vdot(g, tangents[0])
+        f, g = _vector.where(done, _vector.zeros_like(found), found)
+        return f, _vector.dot(g, tangents[0])
 
     # Optax's searches compute in float64 under x64, whatever the dtype of x.
     return lambda x: fun(optax.tree.cast_like(x, like))

@@ -1,14 +1,15 @@
 """What a vector is: any PyTree of real arrays of one dtype.
 
 With `flatten=True` it is one flat array, with `flatten=False` a list of leaves; nothing above this
-module needs to know which. Sums, products and selections are `optax.tree`'s.
+module needs to know which. Most of what follows is `optax.tree`, with types.
 """
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Vector: TypeAlias = PyTree[Float[Array, "..."]]
@@ -17,12 +18,46 @@ Count: TypeAlias = Int[Array, ""]
 Flag: TypeAlias = Bool[Array, ""]
 
 
+_T = TypeVar("_T")
+
+
+def dot(x: Vector, y: Vector) -> Scalar:
+    """Return `xᵀy`."""
+    return jnp.asarray(optax.tree.vdot(x, y))
+
+
+def sub(x: _T, y: _T) -> _T:
+    """Return `x - y`."""
+    return cast(Any, optax.tree.sub(x, y))
+
+
+def scale(factor: Any, x: _T) -> _T:
+    """Return `factor · x`."""
+    return cast(Any, optax.tree.scale(factor, x))
+
+
+def add_scaled(x: _T, factor: Any, y: _T) -> _T:
+    """Return `x + factor · y`."""
+    return cast(Any, optax.tree.add_scale(x, factor, y))
+
+
+def where(condition: Flag, x: _T, y: _T) -> _T:
+    """Return `x` or `y`, each any PyTree of arrays."""
+    return cast(Any, optax.tree.where(condition, x, y))
+
+
+def zeros_like(x: _T) -> _T:
+    """Return zeros in the structure of `x`."""
+    return cast(Any, optax.tree.zeros_like(x))
+
+
 def norm(x: Vector) -> Scalar:
     """Return the 2-norm of `x`, free of overflow and underflow; not finite if an entry is not."""
     leaves = jax.tree.leaves(x)
     largest = jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]).max()
     unit = jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(sum(jnp.sum((leaf / unit) ** 2) for leaf in leaves))
+    squares = [jnp.sum((leaf / unit) ** 2) for leaf in leaves]
+    return largest * jnp.sqrt(jnp.stack(squares).sum())
 
 
 def is_zero(x: Vector) -> Flag:

@@ -1,0 +1,220 @@
+"""How the minimizer is differentiated: one rule, in two shapes.
+
+At a minimizer `∇f(x, θ) = 0`. With `H = ∇²ₓₓf` and `B = ∂_θ∇ₓf`, the implicit function theorem says
+
+    ẋ = -H⁻¹ B θ̇        and        θ̄ = -Bᵀ u,  H u = v,
+
+where `v` is the cotangent of `x`. The first is a `jax.custom_jvp` whose linear solve JAX can
+transpose and differentiate again. The second is a `jax.custom_vjp` around it, whose forward rule
+calls the first, so that second derivatives meet a rule and never the solver's loop.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+from jaxtyping import PyTree
+
+from difflbfgs import _linear, _solve, _vector
+from difflbfgs._linear import Report
+from difflbfgs._problem import Problem
+from difflbfgs._solution import RESULTS, Outcome, has_converged
+from difflbfgs._vector import Flag, Scalar, Vector
+
+
+class Task(eqx.Module):
+    """A solve to be done, and what its derivative needs to know, but for the problem itself."""
+
+    x0: Vector
+    warm: Any
+    solver: Any
+    adjoint: Any
+    max_steps: int = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
+    callback: Callable | None = eqx.field(static=True)
+
+    def solve(self, problem: Problem) -> Outcome:
+        """Solve, and raise here, where the derivative will see it, if that failed."""
+        outcome = _solve.run(
+            problem, self.x0, self.warm, self.solver, self.max_steps, self.callback
+        )
+        if self.throw:
+            outcome = outcome.result.error_if(outcome, ~has_converged(outcome.result))
+        return outcome
+
+    def trusts(self, outcome: Outcome) -> Flag:
+        """Return whether the outcome may be differentiated."""
+        return has_converged(outcome.result) | self.adjoint.approximate
+
+    def solve_adjoint(self, problem: Problem, outcome: Outcome, v: Vector) -> tuple[Vector, Report]:
+        """Solve `H u = v` at the outcome.
+
+        If the forward or the adjoint solve failed, this raises or multiplies `u` by NaN. (Selecting
+        a NaN instead would have a derivative of zero.) A `v` of zero has the solution zero always.
+        """
+        adjoint, trusted = self.adjoint, self.trusts(outcome)
+        accuracy = adjoint.accuracy(_vector.dtype(v))
+        solver, rounds = adjoint.solver(_vector.size(v), accuracy[0])
+        tags = (lx.symmetric_tag, lx.positive_semidefinite_tag)
+        _, hvp = jax.linearize(problem.gradient, outcome.x)
+
+        def matvec(p):
+            return jax.tree.map(lambda hp, p: hp + adjoint.ridge * p, hvp(p), p)
+
+        def solve(matvec, b):
+            operator = lx.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b), tags)
+            length = _vector.norm(b)
+            unit = jax.tree.map(lambda leaf: leaf / jnp.where(length > 0, length, 1), b)
+            u, report = _linear.solve_verified(
+                operator, unit, solver, solver.init(operator, {}), {}, accuracy, rounds
+            )
+            failed = self._adjoint_failed(report) & ~_vector.is_zero(b)
+            if self.throw:
+                u = report.result.error_if(u, failed)
+            spoilt = (failed | ~trusted) & ~_vector.is_zero(b)
+            factor = jnp.where(spoilt, jnp.nan, length)
+            return jax.tree.map(lambda leaf: leaf * factor, u), report
+
+        return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
+
+    def _adjoint_failed(self, report):
+        negative = (report.result == RESULTS.indefinite_hessian) & (not self.adjoint.approximate)
+        return negative | ~(report.residual <= self.adjoint.accuracy(report.residual.dtype)[1])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def forward(static, params, arrays) -> Outcome:
+    task, problem = _merge(static, params, arrays)
+    return task.solve(problem)
+
+
+@forward.defjvp
+def _forward_jvp(static, primals, tangents):
+    params, arrays = primals
+    outcome = forward(static, params, arrays)
+    task, problem = _merge(static, params, arrays)
+
+    def gradient(params):
+        return eqx.combine(params, problem).gradient(outcome.x)
+
+    _, b = jax.jvp(gradient, (params,), (tangents[0],))
+    u, _ = task.solve_adjoint(problem, outcome, b)
+    tangent = jax.tree.map(_zero_tangent, outcome)
+    return outcome, eqx.tree_at(lambda o: o.x, tangent, jax.tree.map(jnp.negative, u))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def reverse(static, params, arrays) -> Outcome:
+    return forward(static, params, arrays)
+
+
+def _reverse_fwd(static, params, arrays):
+    params, arrays = custom_vjp_primal_tree_values((params, arrays))
+    outcome = forward(static, params, arrays)
+    return outcome, (params, arrays, outcome)
+
+
+def _reverse_bwd(static, residuals, cotangent):
+    params, arrays, outcome = residuals
+    if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(cotangent.x)):
+        return None, None  # the minimizer was not used: no adjoint to solve
+    task, problem = _merge(static, params, arrays)
+    u, _ = task.solve_adjoint(problem, outcome, cotangent.x)
+    _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).gradient(outcome.x), params)
+    (bar,) = pullback(jax.tree.map(jnp.negative, u))
+    return _masked(bar, cotangent.x, task.trusts(outcome)), None
+
+
+reverse.defvjp(_reverse_fwd, _reverse_bwd, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def forward_objective(static, params, arrays, outcome) -> Scalar:
+    return outcome.f
+
+
+@forward_objective.defjvp
+def _forward_objective_jvp(static, primals, tangents):
+    """The envelope theorem: as `∇ₓf = 0`, only the partial derivative by `params` is left.
+
+    It is a function of `x` still, so that the second derivative finds `dx/dθ` in it.
+    """
+    params, arrays, outcome = primals
+    task, problem = _merge(static, params, arrays)
+
+    def value(params):
+        return eqx.combine(params, problem).value(outcome.x)
+
+    _, tangent = jax.jvp(value, (params,), (tangents[0],))
+    f = forward_objective(static, params, arrays, outcome)
+    return f, _spoil(tangent, task.trusts(outcome))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def reverse_objective(static, params, arrays, outcome) -> Scalar:
+    return forward_objective(static, params, arrays, outcome)
+
+
+def _reverse_objective_fwd(static, params, arrays, outcome):
+    f = forward_objective(static, params, arrays, outcome)
+    return f, (params, arrays, outcome)
+
+
+def _reverse_objective_bwd(static, residuals, cotangent):
+    params, arrays, outcome = residuals
+    task, problem = _merge(static, params, arrays)
+    trusted = task.trusts(outcome)
+    _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).value(outcome.x), params)
+    (bar,) = pullback(_spoil(cotangent, trusted))
+    return _masked(bar, cotangent, trusted), None, None
+
+
+reverse_objective.defvjp(_reverse_objective_fwd, _reverse_objective_bwd)
+
+
+def _spoil(t, trusted):
+    """Multiply `t` by NaN unless `trusted`, but keep a zero; linear, so that JAX transposes it."""
+
+    def solve(_, b):
+        return jax.tree.map(lambda b: jnp.where(trusted | (b == 0), b, b * jnp.nan), b)
+
+    return jax.lax.custom_linear_solve(lambda t: t, t, solve, symmetric=True)
+
+
+def _masked(bar: PyTree, cotangent: Vector, trusted: Flag) -> PyTree:
+    """Return `bar`, or zero where the solve failed and its cotangent is zero.
+
+    There the problem itself may be NaN, and `0 · NaN` would reach the lanes that are well.
+    """
+    masked = ~trusted & _vector.is_zero(cotangent)
+    spoilt = [jnp.sum(leaf) for leaf in jax.tree.leaves(_spoil(cotangent, trusted))]
+    zero = jnp.stack(spoilt).sum()
+    return jax.tree.map(lambda leaf: jnp.where(masked, zero.astype(leaf.dtype), leaf), bar)
+
+
+def split(task: Task, problem: Problem):
+    """Split all that a rule needs: what is constant, what is differentiated, all other arrays."""
+    params, rest = eqx.partition(problem, eqx.is_inexact_array)
+    arrays, static = eqx.partition((task, rest), _is_array)
+    return static, params, arrays
+
+
+def _merge(static, params, arrays) -> tuple[Task, Problem]:
+    task, rest = eqx.combine(arrays, static)
+    return task, eqx.combine(params, rest)
+
+
+def _is_array(leaf):
+    return eqx.is_array(leaf) or isinstance(leaf, np.ndarray)
+
+
+def _zero_tangent(leaf):
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros_like(leaf)
+    return np.zeros(leaf.shape, jax.dtypes.float0)
