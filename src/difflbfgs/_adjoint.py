@@ -8,14 +8,20 @@ import jax.numpy as jnp
 import lineax as lx
 
 from difflbfgs import _linear, _rule
-from difflbfgs._checks import check_flag, check_instance, check_tolerance, no_type_check
+from difflbfgs._checks import (
+    check_flag,
+    check_instance,
+    check_preconditioner,
+    check_tolerance,
+    no_type_check,
+)
 from difflbfgs._problem import Problem
 from difflbfgs._rule import Task
 from difflbfgs._solution import Outcome
 from difflbfgs._vector import Scalar
 
 # Up to this many variables the Hessian is assembled and factorised; see benchmarks/crossover.py.
-DENSE_SIZE = 128
+DENSE_SIZE = 64
 _MAX_PRODUCTS = 10_000
 _ROUNDS = 3
 
@@ -27,6 +33,7 @@ class AbstractAdjoint(eqx.Module):
     linear_solver: lx.AbstractLinearSolver | None = None
     rtol: Any = None
     ridge: Any = 0.0
+    preconditioner: Any = None
     approximate: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self):
@@ -39,6 +46,7 @@ class AbstractAdjoint(eqx.Module):
             )
         check_tolerance("rtol", self.rtol, optional=True)
         check_tolerance("ridge", self.ridge)
+        check_preconditioner(self.preconditioner)
         check_flag("approximate", self.approximate)
 
     @abc.abstractmethod
@@ -54,7 +62,7 @@ class AbstractAdjoint(eqx.Module):
         """Return the linear solver for `n` variables, and how often it may be called to refine."""
         if self.linear_solver is not None:
             return self.linear_solver, 1
-        if n <= DENSE_SIZE:
+        if n <= DENSE_SIZE and self.preconditioner is None:
             return _linear.Dense(), _ROUNDS
         return _linear.ConjugateGradient(0.5 * wanted, min(10 * n, _MAX_PRODUCTS)), _ROUNDS
 
@@ -68,7 +76,7 @@ class ImplicitAdjoint(AbstractAdjoint):
     `jax.jacrev`, `jax.hessian`, `jax.vmap` and `jax.jit` work in any order; only a bare `jax.jvp`
     needs `ForwardImplicitAdjoint`.
 
-    Cost: up to 128 variables `n` Hessian-vector products, batched, and a Cholesky factorisation,
+    Cost: up to 64 variables `n` Hessian-vector products, batched, and a Cholesky factorisation,
     for any number of cotangents; beyond that as many products as conjugate gradients takes, for
     each cotangent, and memory for a few vectors. No iteration of the solver is stored or repeated.
 
@@ -78,6 +86,12 @@ class ImplicitAdjoint(AbstractAdjoint):
             recomputed from the solution. `None`: aim for `eps**(2/3)` of the working dtype (3.7e-11
             in float64, 2.4e-5 in float32) and accept `eps**(1/2)`.
         ridge: added to the diagonal of `H`.
+        preconditioner: for conjugate gradients, which is then used at any size. `"lbfgs"`: the
+            inverse Hessian that the solve left in its memory. Or a function `(x, theta) -> P` to a
+            positive definite Lineax operator that approximates `H⁻¹`, on PyTrees like the inexact
+            leaves of `x0` or on flat vectors of all their entries. On scikit-learn's digits with
+            weight decays of e⁻⁴, e⁻⁶ and e⁻⁹, `"lbfgs"` took 57, 75 and 116 products instead of 63,
+            86 and 128 with `memory_size=10`, and 34, 40 and 71 with `memory_size=100`.
         approximate: differentiate wherever the solver stopped, as if that were a minimizer.
 
     Raises:

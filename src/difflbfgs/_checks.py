@@ -73,6 +73,15 @@ def check_callable(name: str, value: Any, remedy: str) -> None:
         )
 
 
+def check_preconditioner(value: Any) -> None:
+    """Raise unless `value` is `None`, `"lbfgs"` or a function."""
+    if value is not None and value != "lbfgs" and not callable(value):
+        raise ValueError(
+            f"preconditioner must be None, 'lbfgs' or a function (x, theta) -> lineax operator, "
+            f"got {value!r}."
+        )
+
+
 def _check_integer(name, value, least):
     remedy = f"Pass a Python integer of at least {least}."
     if isinstance(value, bool) or not isinstance(value, int):

@@ -7,7 +7,10 @@ the remembered gradient at `g - y` makes any pair the newest, which is how a mem
 restarted and carried over to another problem.
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -60,6 +63,46 @@ def moved(memory: optax.ScaleByLBFGSState, x: Vector, g: Vector, pair: Pair):
 def emptied(memory: optax.ScaleByLBFGSState) -> optax.ScaleByLBFGSState:
     """Return `memory` without its pairs, but for the newest, which Optax has yet to form."""
     return memory._replace(weights_memory=jnp.zeros_like(memory.weights_memory))
+
+
+def inverse_hessian(
+    memory: optax.ScaleByLBFGSState, x: Vector, g: Vector
+) -> Callable[[Vector], Vector]:
+    """Return `v -> P v`, the two-loop recursion of algorithm 7.4, newest pair included."""
+    pair = newest(memory, x, g)
+    sy, yy = _vector.dot(pair.s, pair.y), _vector.dot(pair.y, pair.y)
+    curved = pair.is_curved()
+    rho_new = jnp.where(curved, 1 / jnp.where(curved, sy, 1), 0)
+    rho, newest_count = jnp.asarray(memory.weights_memory, sy.dtype), jnp.asarray(memory.count)
+    size = len(rho)
+    slot = (newest_count - 1) % size
+    rho = rho.at[slot].set(rho_new)
+    S, Y = (
+        jax.tree.map(lambda rows, row: rows.at[slot].set(row), rows, row)
+        for rows, row in (
+            (memory.diff_params_memory, pair.s),
+            (memory.diff_updates_memory, pair.y),
+        )
+    )
+    gamma = jnp.where(curved, sy / jnp.where(curved, yy, 1), 1)
+    oldest_first = (newest_count + jnp.arange(size)) % size
+
+    def backward(q, i):
+        s, y = jax.tree.map(lambda rows: rows[i], (S, Y))
+        alpha = rho[i] * _vector.dot(s, q)
+        return _vector.add_scaled(q, -alpha, y), alpha
+
+    def forward(r, step):
+        i, alpha = step
+        s, y = jax.tree.map(lambda rows: rows[i], (S, Y))
+        beta = rho[i] * _vector.dot(y, r)
+        return _vector.add_scaled(r, alpha - beta, s), None
+
+    def product(v):
+        q, alpha = jax.lax.scan(backward, v, oldest_first, reverse=True)
+        return jax.lax.scan(forward, _vector.scale(gamma, q), (oldest_first, alpha))[0]
+
+    return product
 
 
 def _unit(x):

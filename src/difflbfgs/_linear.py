@@ -212,10 +212,15 @@ def solve_verified(
             operator, unit, solver, options=options, state=state, throw=False
         )
         u = _vector.add_scaled(u, length, solution.value)
-        r = _vector.sub(v, operator.mv(u))
-        along = _rayleigh(solution.value, unit)
+        r, before = _vector.sub(v, operator.mv(u)), r
+        # Of a solver that does not watch, what is known is the curvature along its solution.
+        along = _rayleigh(_vector.scale(length, solution.value), _vector.sub(before, r))
+        along = jnp.where(_vector.norm(r) <= accepted * length, along, jnp.inf)
         low = jnp.minimum(low, solution.stats.get("min_curvature", along))
-        high = jnp.maximum(high, solution.stats.get("max_curvature", jnp.abs(along)))
+        high = jnp.maximum(
+            high,
+            solution.stats.get("max_curvature", jnp.where(jnp.isinf(along), 0, jnp.abs(along))),
+        )
         steps = steps + jnp.asarray(solution.stats.get("num_steps", 0), jnp.int32)
         return u, r, (_vector.norm(r), length), (rounds_done + 1, steps, low, high)
 

@@ -18,7 +18,13 @@ from difflbfgs._checks import (
     no_type_check,
 )
 from difflbfgs._lbfgs import LBFGS, WarmStart
-from difflbfgs._problem import Problem, check_same_shape, make_problem, make_variables
+from difflbfgs._problem import (
+    Problem,
+    check_same_shape,
+    make_preconditioner,
+    make_problem,
+    make_variables,
+)
 from difflbfgs._rule import Task
 from difflbfgs._solution import Outcome, Solution, has_converged
 from difflbfgs._unrolled import Unrolled, UnrolledState
@@ -105,7 +111,10 @@ def minimize(
     else:
         _check_state(state, WarmStart, x, solver)
         x, state = jax.lax.stop_gradient((x, state))
-        task = Task(x, state, solver, adjoint, max_steps, throw, callback)
+        preconditioner = None
+        if callable(adjoint.preconditioner):
+            preconditioner = make_preconditioner(adjoint.preconditioner, theta, variables, x)
+        task = Task(x, state, solver, adjoint, preconditioner, max_steps, throw, callback)
         outcome = _solve_differentiably(task, problem)
     return Solution(
         value=variables.outside(outcome.x),

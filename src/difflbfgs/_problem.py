@@ -13,6 +13,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 from jaxtyping import PyTree
 
 from difflbfgs import _vector
@@ -132,6 +133,48 @@ def make_problem(
     leaves, structure = jax.tree.flatten(x)
     program, consts = trace(lambda *leaves: objective(structure.unflatten(leaves)), *leaves)
     return Problem(program, consts)
+
+
+class Preconditioner(eqx.Module):
+    """The user's approximate inverse Hessian, `(x, v) -> P(x) v` on vectors."""
+
+    program: Program = eqx.field(static=True)
+    consts: PyTree
+
+    def __call__(self, x: Vector, v: Vector) -> Vector:
+        """Return `P(x) v`."""
+        return self.program(self.consts, *jax.tree.leaves((x, v)))
+
+
+def make_preconditioner(
+    make: Callable, theta: PyTree, variables: Variables, x: Vector
+) -> Preconditioner:
+    """Trace the user's `(x, theta) -> lineax operator` as a function of vectors.
+
+    Raises:
+        TypeError: if it does not return a Lineax operator tagged positive semidefinite.
+    """
+
+    def apply(x, v):
+        operator = make(variables.inside(x), theta)
+        if not isinstance(operator, lx.AbstractLinearOperator):
+            raise TypeError(
+                f"preconditioner must return a lineax operator, got {operator!r}. Wrap a matrix: "
+                "lineax.MatrixLinearOperator(P, lineax.positive_semidefinite_tag)."
+            )
+        if not lx.is_positive_semidefinite(operator):
+            raise TypeError(
+                "preconditioner must return a positive definite operator, and this one has no such "
+                "tag. Add tags=lineax.positive_semidefinite_tag."
+            )
+        structure = jax.tree.leaves(operator.in_structure())
+        if variables.flatten and [leaf.shape for leaf in structure] == [v.shape]:
+            return operator.mv(v)
+        return variables.to_vector(operator.mv(eqx.filter(variables.inside(v), _vector.is_inexact)))
+
+    leaves, pair = jax.tree.flatten((x, x))
+    program, consts = trace(lambda *leaves: apply(*pair.unflatten(leaves)), *leaves)
+    return Preconditioner(program, consts)
 
 
 def _split(out, has_aux):

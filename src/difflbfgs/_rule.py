@@ -21,7 +21,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
-from difflbfgs import _linear, _solve, _vector
+from difflbfgs import _curvature, _linear, _solve, _vector
 from difflbfgs._linear import Report
 from difflbfgs._problem import Problem
 from difflbfgs._solution import RESULTS, Outcome, has_converged
@@ -35,6 +35,7 @@ class Task(eqx.Module):
     warm: Any
     solver: Any
     adjoint: Any
+    preconditioner: Callable[[Vector, Vector], Vector] | None
     max_steps: int = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
     callback: Callable | None = eqx.field(static=True)
@@ -68,11 +69,16 @@ class Task(eqx.Module):
             return jax.tree.map(lambda hp, p: hp + adjoint.ridge * p, hvp(p), p)
 
         def solve(matvec, b):
-            operator = lx.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b), tags)
+            structure = jax.eval_shape(lambda: b)
+            operator = lx.FunctionLinearOperator(matvec, structure, tags)
+            apply = self._preconditioner(outcome)
+            options = {}
+            if apply is not None:
+                options["preconditioner"] = lx.FunctionLinearOperator(apply, structure, tags)
             length = _vector.norm(b)
             unit = jax.tree.map(lambda leaf: leaf / jnp.where(length > 0, length, 1), b)
             u, report = _linear.solve_verified(
-                operator, unit, solver, solver.init(operator, {}), {}, accuracy, rounds
+                operator, unit, solver, solver.init(operator, options), options, accuracy, rounds
             )
             failed = self._adjoint_failed(report) & ~_vector.is_zero(b)
             if self.throw:
@@ -82,6 +88,15 @@ class Task(eqx.Module):
             return jax.tree.map(lambda leaf: leaf * factor, u), report
 
         return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
+
+    def _preconditioner(self, outcome):
+        """Return the approximate inverse Hessian to precondition with, as a function, or `None`."""
+        x, state = jax.lax.stop_gradient((outcome.x, outcome.state))
+        if self.preconditioner is not None:
+            return functools.partial(jax.lax.stop_gradient(self.preconditioner), x)
+        if self.adjoint.preconditioner == "lbfgs":
+            return _curvature.inverse_hessian(state.memory, x, state.g)
+        return None
 
     def _adjoint_failed(self, report):
         negative = (report.result == RESULTS.indefinite_hessian) & (not self.adjoint.approximate)

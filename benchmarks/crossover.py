@@ -1,0 +1,100 @@
+"""Where should the adjoint stop assembling the Hessian? Dense against CG, one hypergradient.
+
+    python benchmarks/crossover.py
+
+For each size: compile both, interleave the runs, print medians and their ratio, for three kinds of
+problem: softmax regression, a small network with a proximal term, and an ill-conditioned quadratic,
+on which CG takes more steps than there are variables. What dense costs more on the easy ones buys
+certainty: it sees every curvature. Up to the threshold in use, `DENSE_SIZE`, it must not take more
+than twice as long; beyond, CG must win on the easy problems.
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import difflbfgs as dl
+from difflbfgs import _adjoint, _linear
+
+jax.config.update("jax_enable_x64", True)
+
+
+def softmax_regression(n):
+    """Return objective, start and theta: ten classes, `n / 10` features, 500 samples."""
+    features, rng = n // 10, np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(500, features)) / np.sqrt(features))
+    y = jnp.asarray(rng.integers(0, 10, size=500))
+
+    def fun(w, theta):
+        log_p = jax.nn.log_softmax(x @ w.reshape(features, 10))
+        return -jnp.mean(log_p[jnp.arange(500), y]) + 0.5 * jnp.exp(theta) @ w**2
+
+    return fun, jnp.zeros(n), jnp.full(n, -5.0)
+
+
+def proximal_network(n):
+    """Return objective, start and theta: one hidden layer, 100 samples, a proximal term."""
+    hidden, rng = n // 10, np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(100, 8))), jnp.asarray(rng.normal(size=100))
+
+    def fun(w, theta):
+        first, bias, last = jnp.split(w, [8 * hidden, 9 * hidden])
+        out = jnp.tanh(x @ first.reshape(8, hidden) + bias) @ last
+        return jnp.mean((out - y) ** 2) + jnp.sum((w - theta) ** 2)
+
+    return fun, jnp.zeros(n), 0.3 * jnp.asarray(rng.normal(size=n))
+
+
+def ill_conditioned_quadratic(n):
+    """Return objective, start and theta: condition 1e6, rotated."""
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    a = jnp.asarray(q @ np.diag(np.logspace(-6, 0, n)) @ q.T)
+
+    def fun(x, theta):
+        return 0.5 * x @ (a @ x) - jnp.sin(theta) @ (a @ x)
+
+    return fun, jnp.zeros(n), jnp.asarray(rng.normal(size=n))
+
+
+def compiled(problem, n, linear_solver):
+    """Return the compiled hypergradient and its argument."""
+    fun, x0, theta = problem(n)
+    adjoint = dl.ImplicitAdjoint(linear_solver=linear_solver, rtol=1e-6)
+    # The adjoint's own cost is what matters here, so the forward solve is loose.
+    solver = dl.LBFGS(rtol=1e-3, polish=0)
+
+    def outer(theta):
+        return jnp.sum(jnp.sin(dl.minimize(fun, x0, theta, solver=solver, adjoint=adjoint).value))
+
+    return jax.jit(jax.grad(outer)).lower(theta).compile(), theta
+
+
+def main():
+    """Measure and print the table; assert that the threshold is a fair one."""
+    print(f"{'problem':26s} {'n':>5s} {'dense':>10s} {'CG':>10s} {'dense / CG':>11s}")
+    for problem in (softmax_regression, proximal_network, ill_conditioned_quadratic):
+        easy = problem is not ill_conditioned_quadratic
+        for n in (20, 40, 60, 100, 200, 400):
+            solvers = [_linear.Dense(), _linear.ConjugateGradient(1e-7, 100 * n)]
+            programs = [compiled(problem, n, solver) for solver in solvers]
+            seconds = [[], []]
+            for _ in range(15):
+                for (program, theta), times in zip(programs, seconds, strict=True):
+                    begin = time.perf_counter()
+                    jax.block_until_ready(program(theta))
+                    times.append(time.perf_counter() - begin)
+            dense, cg = (statistics.median(times) for times in seconds)
+            print(
+                f"{problem.__name__:26s} {n:5d} {dense * 1e3:7.2f} ms {cg * 1e3:7.2f} ms "
+                f"{dense / cg:11.2f}"
+            )
+            assert n > _adjoint.DENSE_SIZE or dense < 2 * cg
+            assert n <= _adjoint.DENSE_SIZE or not easy or cg < dense
+
+
+if __name__ == "__main__":
+    main()
