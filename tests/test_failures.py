@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 import pytest
 
 import difflbfgs as dl
@@ -78,6 +79,26 @@ def test_a_solve_stopped_early_raises(transformed):
 )
 def test_an_adjoint_stopped_early_raises(transformed):
     assert "true residual is above tolerance" in raises(transformed, THETA)
+
+
+@pytest.mark.parametrize("options", [{}, STOPPED, STARVED], ids=["well", "forward", "adjoint"])
+def test_inside_shard_map(options):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("tasks",))
+    spec = jax.sharding.PartitionSpec("tasks")
+    sharded = jax.shard_map(
+        jax.vmap(jax.grad(loss(**options))),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+        check_vma=False,  # Optax's own loops do not pass that check
+    )
+    thetas = jnp.stack([THETA, 2 * THETA])
+    if options:
+        fragment = "maximum number" if options is STOPPED else "true residual"
+        assert fragment in raises(jax.jit(sharded), thetas)
+    else:
+        exact = jax.vmap(jax.grad(lambda t: outer(ridge_solution(t))))(thetas)
+        assert relative_error(jax.jit(sharded)(thetas), exact) < 1e-9
 
 
 def test_an_adjoint_stopped_early_leaves_the_primal_alone():

@@ -71,14 +71,18 @@ FORWARD_TRANSFORMS = {
     "jacrev-jacfwd": lambda f: jax.jacrev(jax.jacfwd(f))(THETA),
     "vmap-jacfwd": lambda f: jax.vmap(jax.jacfwd(f))(BATCH),
 }
-CASES = [(REVERSE, name) for name in SCALAR_TRANSFORMS] + [
-    (FORWARD, name) for name in [*SCALAR_TRANSFORMS, *FORWARD_TRANSFORMS]
-]
+CASES = [(REVERSE, name, output) for name in SCALAR_TRANSFORMS for output in ("value", "objective")]
+CASES += [(FORWARD, name, "value") for name in [*FORWARD_TRANSFORMS, "grad", "hessian"]]
+CASES += [(FORWARD, name, "objective") for name in ("jacfwd", "jacfwd-jacfwd")]
 
 
-@pytest.mark.parametrize(("adjoint", "name"), CASES, ids=lambda c: getattr(c, "lower", str)()[:12])
-@pytest.mark.parametrize("output", ["value", "objective"])
+@pytest.mark.parametrize(
+    ("adjoint", "name", "output"),
+    CASES,
+    ids=[f"{type(adjoint).__name__}-{name}-{output}" for adjoint, name, output in CASES],
+)
 def test_scalar_function(adjoint, name, output):
+    """Against the same transformation of the closed form."""
     transform = {**SCALAR_TRANSFORMS, **FORWARD_TRANSFORMS}[name]
     found, exact = {
         "value": (outer_loss, exact_outer),

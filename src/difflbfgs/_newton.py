@@ -7,12 +7,12 @@ gradient and not the objective, it goes below the rounding error at which a line
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import lineax as lx
 
 from difflbfgs import _vector
 from difflbfgs._linear import ConjugateGradient
+from difflbfgs._operator import SymmetricOperator
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 
 _MAX_PRODUCTS = 2000
@@ -29,8 +29,7 @@ def newton_step(
     grad_norm = _vector.norm(g)
     forcing = jnp.clip(grad_norm / reference, _vector.epsilon(g), 0.1)
     solver = ConjugateGradient(forcing, min(2 * _vector.size(g) + 10, _MAX_PRODUCTS))
-    tags = (lx.symmetric_tag, lx.positive_semidefinite_tag)
-    operator = lx.FunctionLinearOperator(hvp, jax.eval_shape(lambda: g), tags)
+    operator = SymmetricOperator.of(hvp, g)
     unit = _vector.scale(jnp.where(active, 1 / jnp.where(grad_norm > 0, grad_norm, 1), 0), g)
     unit = _vector.where(active, unit, _vector.zeros_like(unit))
     solution = lx.linear_solve(operator, unit, solver, throw=False)

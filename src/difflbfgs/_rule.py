@@ -16,13 +16,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
 from difflbfgs import _curvature, _linear, _solve, _vector
 from difflbfgs._linear import Report
+from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem
 from difflbfgs._solution import RESULTS, Outcome, has_converged
 from difflbfgs._vector import Flag, Scalar, Vector
@@ -62,19 +62,17 @@ class Task(eqx.Module):
         adjoint, trusted = self.adjoint, self.trusts(outcome)
         accuracy = adjoint.accuracy(_vector.dtype(v))
         solver, rounds = adjoint.solver(_vector.size(v), accuracy[0])
-        tags = (lx.symmetric_tag, lx.positive_semidefinite_tag)
         _, hvp = jax.linearize(problem.gradient, outcome.x)
 
         def matvec(p):
             return jax.tree.map(lambda hp, p: hp + adjoint.ridge * p, hvp(p), p)
 
         def solve(matvec, b):
-            structure = jax.eval_shape(lambda: b)
-            operator = lx.FunctionLinearOperator(matvec, structure, tags)
+            operator = SymmetricOperator.of(matvec, b)
             apply = self._preconditioner(outcome)
             options = {}
             if apply is not None:
-                options["preconditioner"] = lx.FunctionLinearOperator(apply, structure, tags)
+                options["preconditioner"] = SymmetricOperator.of(apply, b)
             length = _vector.norm(b)
             unit = jax.tree.map(lambda leaf: leaf / jnp.where(length > 0, length, 1), b)
             u, report = _linear.solve_verified(
