@@ -51,8 +51,9 @@ def minimize(
     The derivative by `x0` and by `state` is exactly zero, since the minimizer does not depend on
     them. Values that `fun` closes over are differentiated like those in `theta`.
 
-    Outside `jax.jit` each call traces `fun` and compiles the solve anew, a second or so; wrap
-    repeated calls in `jax.jit`.
+    Every call traces `fun`. Outside `jax.jit` the solve is compiled once for all objectives that
+    trace to the same program; one with custom derivative rules in it, such as `jax.nn.relu`, is
+    compiled at every call, a second or so, unless the caller uses `jax.jit`.
 
     Args:
         fun: the objective, `fun(x, theta)`, a real scalar; a pair `(objective, aux)` under

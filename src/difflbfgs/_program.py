@@ -18,14 +18,14 @@ from jaxtyping import Array, PyTree
 class Program:
     """A jaxpr and the structure of its output; immutable, and compared by content."""
 
-    def __init__(self, jaxpr: core.Jaxpr, structure: Any, static: PyTree):
+    def __init__(self, jaxpr: core.ClosedJaxpr, structure: Any, static: PyTree):
         self.jaxpr = jaxpr
         self.structure = structure
         self.static = static
 
     def __call__(self, consts: PyTree, *args: Array) -> PyTree:
         """Run the program."""
-        out = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, consts))(*args)
+        out = core.jaxpr_as_fun(self.jaxpr)(*jax.tree.leaves(consts), *args)
         return eqx.combine(jax.tree.unflatten(self.structure, out), self.static)
 
     def __eq__(self, other: object) -> bool:
@@ -37,13 +37,23 @@ class Program:
         )
 
     def __hash__(self) -> int:
-        return hash((self.structure, tuple(eqn.primitive.name for eqn in self.jaxpr.eqns)))
+        return hash((self.structure, tuple(eqn.primitive.name for eqn in self.jaxpr.jaxpr.eqns)))
 
 
 def trace(fun: Callable, *args: Array) -> tuple[Program, PyTree]:
-    """Trace `fun`; return the program and the arrays that it closed over."""
+    """Trace `fun`; return the program and the arrays that it closed over.
+
+    It is traced twice: a jaxpr may carry the arrays that it closes over, and in the second one they
+    are arguments.
+    """
     closed, dynamic, static = eqx.filter_make_jaxpr(fun)(*args)
-    return Program(closed.jaxpr, jax.tree.structure(dynamic), static), closed.consts
+    consts = list(closed.consts)
+
+    def opened(consts, *args):
+        return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))(*args)
+
+    jaxpr = jax.make_jaxpr(opened)(consts, *args)
+    return Program(jaxpr, jax.tree.structure(dynamic), static), consts
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -41,8 +41,9 @@ def run(
     with jax.numpy_dtype_promotion("standard"):
         x = x0 if warm is None else warm.x
         if solver.polish == 0:
-            end, num_hvps = search(x, *probe(problem, x)), count(0)
-            num_fun_evals = end.num_fun_evals + 2
+            f, g, pair, evaluations = _start(problem, x, warm)
+            end, num_hvps = search(x, f, g, pair), count(0)
+            num_fun_evals = end.num_fun_evals + evaluations
         else:
             end, num_hvps = _polished(problem, x, warm, solver, search)
             num_fun_evals = end.num_fun_evals + solver.polish + 2
@@ -55,6 +56,14 @@ def run(
     )
     state = WarmStart(end.x, end.g, end.engine[0], end.reference, end.scale.curvature)
     return Outcome(end.x, end.f, end.result, stats, state)
+
+
+def _start(problem, x, warm):
+    """Return `f`, `g`, a first pair, and how many evaluations they took."""
+    if warm is None:
+        return *probe(problem, x), 2
+    nothing = Pair(_vector.zeros_like(x), _vector.zeros_like(x))
+    return *problem.value_and_gradient(x), nothing, 1
 
 
 def _polished(problem, x, warm, solver, search) -> tuple[Progress, Count]:
