@@ -20,8 +20,8 @@ _MAX_PRODUCTS = 2000
 
 def newton_step(
     hvp: Callable[[Vector], Vector], g: Vector, reference: Scalar, active: Flag
-) -> tuple[Vector, Flag, Count]:
-    """Return `d` with `H d ≈ g`, whether `H` was positive along the way, and the products used.
+) -> tuple[Vector, Scalar, Scalar, Count]:
+    """Return `d` with `H d ≈ g`, the extreme curvatures along the way, and the products used.
 
     The residual is brought below `min(0.1, ‖g‖ / reference) ‖g‖`, so that the step converges
     quadratically (Eisenstat & Walker 1996). Unless `active`, `d` is zero and costs nothing.
@@ -33,5 +33,5 @@ def newton_step(
     unit = _vector.scale(jnp.where(active, 1 / jnp.where(grad_norm > 0, grad_norm, 1), 0), g)
     unit = _vector.where(active, unit, _vector.zeros_like(unit))
     solution = lx.linear_solve(operator, unit, solver, throw=False)
-    curved = solution.stats["min_curvature"] > 0
-    return _vector.scale(grad_norm, solution.value), curved, solution.stats["num_steps"]
+    low, high = solution.stats["min_curvature"], solution.stats["max_curvature"]
+    return _vector.scale(grad_norm, solution.value), low, high, solution.stats["num_steps"]

@@ -13,14 +13,15 @@ from difflbfgs._newton import newton_step
 from difflbfgs._problem import Problem
 from difflbfgs._solution import RESULTS, Outcome, Stats, count, has_converged
 from difflbfgs._trial import probe
-from difflbfgs._vector import Count, Flag, Vector
+from difflbfgs._vector import Count, Flag, Scalar, Vector
 from difflbfgs._watch import Step
 
 
 class _Polish(eqx.Module):
     progress: Progress
     candidate: Vector
-    curved: Flag
+    min_curvature: Scalar  # seen by the Newton step to the candidate
+    max_curvature: Scalar
     num_hvps: Count
 
 
@@ -72,6 +73,7 @@ def _polished(problem, x, warm, solver, search) -> tuple[Progress, Count]:
     Round 0 linearises at the start and searches from there. Every other round linearises at the
     candidate that the one before left, keeps it if it is better, and proposes the next.
     """
+    zero = jnp.zeros((), _vector.dtype(x))
 
     def polish_round(k, now: _Polish):
         (f, g), tangent = jax.linearize(problem.value_and_gradient, now.candidate)
@@ -84,21 +86,21 @@ def _polished(problem, x, warm, solver, search) -> tuple[Progress, Count]:
             down = _vector.scale(1 / jnp.where(length > 0, length, 1), g)
             pair = Pair(down, hvp(down))
             progress = search(now.candidate, f, g, pair)
-            return _Polish(progress, progress.x, jnp.asarray(True), now.num_hvps + (warm is None))
+            num_hvps = now.num_hvps + (warm is None)
+            return _Polish(progress, progress.x, zero, zero, num_hvps)
 
         def further():
             progress, accepted = _judge(now, f, g, solver)
             active = (k <= solver.polish) & ((k == 1) | accepted) & _is_worth_it(progress)
-            d, curved, products = newton_step(hvp, g, progress.reference, active)
+            d, low, high, products = newton_step(hvp, g, progress.reference, active)
             candidate = _vector.sub(progress.x, d)
-            return _Polish(progress, candidate, curved, now.num_hvps + products)
+            return _Polish(progress, candidate, low, high, now.num_hvps + products)
 
         return jax.lax.cond(k == 0, first, further)
 
-    zero = jnp.zeros((), _vector.dtype(x))
     nowhere = Pair(_vector.zeros_like(x), _vector.zeros_like(x))
     before = _lbfgs.begin(solver, x, zero, _vector.zeros_like(x), nowhere, warm)
-    start = _Polish(before, x, jnp.asarray(True), count(0))
+    start = _Polish(before, x, zero, zero, count(0))
     end = jax.lax.fori_loop(0, solver.polish + 2, polish_round, start)
     return end.progress, end.num_hvps
 
@@ -108,7 +110,7 @@ def _judge(now: _Polish, f, g, solver) -> tuple[Progress, Flag]:
     before = now.progress
     grad_norm = _vector.norm(g)
     accepted = (
-        now.curved
+        (now.min_curvature > 0)
         & (grad_norm < _vector.norm(before.g))
         & (f <= before.f + before.scale.noise(before.f))
     )
@@ -116,9 +118,15 @@ def _judge(now: _Polish, f, g, solver) -> tuple[Progress, Flag]:
     small = _stopping.passes(
         grad_norm, solver.atol, solver.rtol, before.reference, jnp.asarray(True)
     )
-    result = RESULTS.where(accepted & small, RESULTS.successful, before.result)
+    # The Newton step saw larger curvatures than the last steps of L-BFGS may have.
+    curvature = jnp.maximum(before.scale.curvature, now.max_curvature)
+    scale = eqx.tree_at(lambda scale: scale.curvature, before.scale, curvature)
+    limit = _stopping.at_noise_level(f, grad_norm, jnp.full_like(f, jnp.inf), scale)
+    stuck = before.result == RESULTS.line_search_failed
+    result = RESULTS.where(accepted & stuck & limit, RESULTS.precision_limit, before.result)
+    result = RESULTS.where(accepted & small, RESULTS.successful, result)
     progress = eqx.tree_at(
-        lambda p: (p.x, p.f, p.g, p.result), before, (x, f, g, result), is_leaf=lambda p: p is None
+        lambda p: (p.x, p.f, p.g, p.scale, p.result), before, (x, f, g, scale, result)
     )
     return progress, accepted
 
