@@ -5,6 +5,7 @@ from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax.numpy as jnp
+import optax
 from jax.core import Tracer
 
 _T = TypeVar("_T")
@@ -79,6 +80,15 @@ def check_preconditioner(value: Any) -> None:
         raise ValueError(
             f"preconditioner must be None, 'lbfgs' or a function (x, theta) -> lineax operator, "
             f"got {value!r}."
+        )
+
+
+def check_linesearch(value: Any) -> None:
+    """Raise unless `value` is `None` or an Optax transformation."""
+    if value is not None and not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"linesearch must be an Optax line search transformation, got {value!r}. Pass for "
+            "example optax.scale_by_backtracking_linesearch(30), or None for the zoom search."
         )
 
 

@@ -17,6 +17,7 @@ import optax
 from difflbfgs import _curvature, _stopping, _trial, _vector
 from difflbfgs._checks import (
     check_flag,
+    check_linesearch,
     check_natural_number,
     check_positive_integer,
     check_tolerance,
@@ -267,12 +268,3 @@ def _restarted(state, initial, x, g, curvature):
     """Return the engine's state with its memory emptied, about to step down the gradient."""
     pair = _curvature.isotropic(x, g, curvature)
     return _curvature.emptied(_curvature.moved(state[0], x, g, pair)), *initial[1:]
-
-
-def check_linesearch(value: Any) -> None:
-    """Raise unless `value` is `None` or an Optax transformation."""
-    if value is not None and not isinstance(value, optax.GradientTransformation):
-        raise TypeError(
-            f"linesearch must be an Optax line search transformation, got {value!r}. Pass for "
-            "example optax.scale_by_backtracking_linesearch(30), or None for the zoom search."
-        )

@@ -125,12 +125,12 @@ class Dense(lx.AbstractLinearSolver):
         del options
         matrix = operator.as_matrix()
         matrix = (matrix + matrix.T) / 2
-        operator = lx.MatrixLinearOperator(matrix, lx.positive_semidefinite_tag)
-        factor = lx.Cholesky().init(operator, {})
+        tagged = lx.MatrixLinearOperator(matrix, lx.positive_semidefinite_tag)
+        factor = lx.Cholesky().init(tagged, {})
         pivots = jnp.diagonal(factor[0]) ** 2
         low, high = jnp.min(pivots), jnp.max(jnp.abs(jnp.diagonal(matrix)))
         sound = low > len(matrix) * jnp.finfo(matrix.dtype).eps * high
-        return operator, factor, self._spectrum(matrix, sound), (low, high), sound
+        return factor, self._spectrum(matrix, sound), (low, high), sound
 
     def _spectrum(self, matrix, sound):
         """Return the eigendecomposition, or zeros where the factorisation is `sound`.
@@ -148,7 +148,7 @@ class Dense(lx.AbstractLinearSolver):
     def compute(self, state, vector, options):
         """Solve with the factor, or with the eigendecomposition."""
         del options
-        _, factor, (values, vectors), extremes, sound = state
+        factor, (values, vectors), extremes, sound = state
         flat, unravel = ravel_pytree(vector)
         with_factor = lx.Cholesky().compute(factor, flat, {})[0]
         noise = _ZERO_CURVATURE * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(values))

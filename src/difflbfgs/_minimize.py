@@ -26,7 +26,7 @@ from difflbfgs._problem import (
     make_variables,
 )
 from difflbfgs._rule import Task
-from difflbfgs._solution import Outcome, Solution, has_converged
+from difflbfgs._solution import Outcome, Solution
 from difflbfgs._unrolled import Unrolled, UnrolledState
 
 
@@ -108,7 +108,7 @@ def minimize(
     if isinstance(solver, Unrolled):
         _check_state(state, UnrolledState, x, solver)
         outcome = _unrolled.run(problem, x, jax.lax.stop_gradient(state), solver)
-        outcome = _raised(outcome) if throw else outcome
+        outcome = outcome.raised() if throw else outcome
     else:
         _check_state(state, WarmStart, x, solver)
         x, state = jax.lax.stop_gradient((x, state))
@@ -131,10 +131,6 @@ def minimize(
 def _solve_differentiably(task: Task, problem: Problem) -> Outcome:
     """Solve, as one compiled program also where the user did not ask for `jit`."""
     return task.adjoint.differentiable(task, problem)
-
-
-def _raised(outcome: Outcome) -> Outcome:
-    return outcome.result.error_if(outcome, ~has_converged(outcome.result))
 
 
 def _check_state(state, kind, x, solver) -> None:

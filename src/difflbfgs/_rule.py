@@ -45,9 +45,7 @@ class Task(eqx.Module):
         outcome = _solve.run(
             problem, self.x0, self.warm, self.solver, self.max_steps, self.callback
         )
-        if self.throw:
-            outcome = outcome.result.error_if(outcome, ~has_converged(outcome.result))
-        return outcome
+        return outcome.raised() if self.throw else outcome
 
     def trusts(self, outcome: Outcome) -> Flag:
         """Return whether the outcome may be differentiated."""

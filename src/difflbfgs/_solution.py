@@ -75,6 +75,10 @@ class Outcome(eqx.Module):
     stats: Stats
     state: Any
 
+    def raised(self) -> "Outcome":
+        """Return the outcome, whose use raises unless the solve converged."""
+        return self.result.error_if(self, ~has_converged(self.result))
+
 
 class Solution(eqx.Module):
     """The answer of `difflbfgs.minimize`.
