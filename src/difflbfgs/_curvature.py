@@ -26,13 +26,13 @@ class Pair(eqx.Module):
 
     def is_curved(self) -> Flag:
         """Return whether `sᵀy > eps ‖s‖ ‖y‖`, so that updating with this pair keeps P positive."""
-        s, y = _unit(self.s), _unit(self.y)
+        s, y = _vector.unit(self.s), _vector.unit(self.y)
         return _vector.dot(s, y) > _vector.epsilon(self.s)
 
     def curvature(self) -> Scalar:
         """Return `‖y‖ / ‖s‖`, a Rayleigh-like quotient of the Hessian along `s`; 0 if `s = 0`."""
         length = _vector.norm(self.s)
-        return jnp.where(length > 0, _vector.norm(self.y) / _nonzero(length), 0)
+        return jnp.where(length > 0, _vector.norm(self.y) / _vector.nonzero(length), 0)
 
 
 def isotropic(x: Vector, g: Vector, curvature: Scalar) -> Pair:
@@ -41,8 +41,8 @@ def isotropic(x: Vector, g: Vector, curvature: Scalar) -> Pair:
     It lies along the gradient, so that the next step is one along the steepest descent; it is as
     long as `x`, so that no digit is lost when Optax recovers it from a difference of points.
     """
-    length = jnp.maximum(_vector.norm(x), _vector.norm(g) / _nonzero(curvature))
-    s = _vector.scale(length / _nonzero(_vector.norm(g)), g)
+    length = jnp.maximum(_vector.norm(x), _vector.norm(g) / _vector.nonzero(curvature))
+    s = _vector.scale(length, _vector.unit(g))
     return Pair(s, _vector.scale(curvature, s))
 
 
@@ -103,11 +103,3 @@ def inverse_hessian(
         return jax.lax.scan(forward, _vector.scale(gamma, q), (oldest_first, alpha))[0]
 
     return product
-
-
-def _unit(x):
-    return _vector.scale(1 / _nonzero(_vector.norm(x)), x)
-
-
-def _nonzero(value):
-    return jnp.where(value > 0, value, 1)

@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from difflbfgs import _vector
 from difflbfgs._program import Program, trace
@@ -22,14 +22,19 @@ from difflbfgs._vector import Scalar, Vector
 
 
 class Problem(eqx.Module):
-    """`min_x f(x)`; the arrays that `f` depends on, in `theta` or closed over, are `consts`."""
+    """A function `f(x)` and all arrays that it depends on: those in `theta`, and others."""
 
     program: Program = eqx.field(static=True)
-    consts: PyTree
+    theta: list[Array]
+    consts: list[Array]
+
+    def at(self, theta: list[Array]) -> "Problem":
+        """Return the problem with other values for the inexact leaves of `theta`."""
+        return Problem(self.program, theta, self.consts)
 
     def objective(self, x: Vector) -> tuple[Scalar, PyTree]:
         """Return `f(x)` and the auxiliary output."""
-        return self.program(self.consts, *jax.tree.leaves(x))
+        return self.program(self.consts, *self.theta, *jax.tree.leaves(x))
 
     def value(self, x: Vector) -> Scalar:
         """Return `f(x)`."""
@@ -116,23 +121,32 @@ def make_variables(x0: PyTree, flatten: bool) -> Variables:
 
 
 def make_problem(
-    fun: Callable, theta: PyTree, variables: Variables, x: Vector, has_aux: bool
+    fun: Callable,
+    theta: PyTree,
+    variables: Variables,
+    x: Vector,
+    has_aux: bool = False,
+    name: str = "fun",
 ) -> Problem:
-    """Trace the user's objective once, and make all that it depends on a leaf.
+    """Trace the user's function, called `name`, and make all that it depends on a leaf.
 
     Raises:
-        TypeError: if `fun` does not return a real scalar (with `has_aux`, one and an auxiliary).
-        ValueError: if `fun` returns an array that is not a scalar.
+        TypeError: if it does not return a real scalar (with `has_aux`, one and an auxiliary).
+        ValueError: if it returns an array that is not a scalar.
     """
+    inexact, static = eqx.partition(theta, _vector.is_inexact)
+    parameters, theta_structure = jax.tree.flatten(jax.tree.map(jnp.asarray, inexact))
+    entries, structure = jax.tree.flatten(x)
 
-    def objective(vector):
-        out = fun(variables.inside(vector), theta)
-        value, aux = _split(out, has_aux)
-        return _check_value(value).astype(variables.dtype), aux
+    def objective(*leaves):
+        theta = theta_structure.unflatten(leaves[: len(parameters)])
+        vector = structure.unflatten(leaves[len(parameters) :])
+        out = fun(variables.inside(vector), eqx.combine(theta, static))
+        value, aux = _split(name, out, has_aux)
+        return _check_value(name, value).astype(variables.dtype), aux
 
-    leaves, structure = jax.tree.flatten(x)
-    program, consts = trace(lambda *leaves: objective(structure.unflatten(leaves)), *leaves)
-    return Problem(program, consts)
+    program, consts = trace(objective, *parameters, *entries)
+    return Problem(program, parameters, consts)
 
 
 class Preconditioner(eqx.Module):
@@ -177,37 +191,37 @@ def make_preconditioner(
     return Preconditioner(program, consts)
 
 
-def _split(out, has_aux):
+def _split(name, out, has_aux):
     if not has_aux:
         if isinstance(out, tuple | list):
             raise TypeError(
-                f"fun must return a real scalar and returned a {type(out).__name__} of "
+                f"{name} must return a real scalar and returned a {type(out).__name__} of "
                 f"{len(out)} elements. If the second is an auxiliary output, pass has_aux=True."
             )
         return out, None
     if isinstance(out, tuple) and len(out) == 2:
         return out
     raise TypeError(
-        "has_aux=True needs fun to return a pair (objective, aux), and it returned "
+        f"has_aux=True needs {name} to return a pair (objective, aux), and it returned "
         f"{_describe(out)}. Return such a pair, or drop has_aux=True."
     )
 
 
-def _check_value(value):
+def _check_value(name, value):
     if not eqx.is_array_like(value):
         raise TypeError(
-            f"fun must return a real scalar and returned {value!r} of type "
+            f"{name} must return a real scalar and returned {value!r} of type "
             f"{type(value).__name__}. Return the objective, for example jnp.sum(residual**2)."
         )
     value = jnp.asarray(value)
     if value.shape != ():
         raise ValueError(
-            f"fun must return a scalar and returned an array of shape {value.shape}. "
+            f"{name} must return a scalar and returned an array of shape {value.shape}. "
             "Reduce it, for example with jnp.sum or jnp.mean."
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(
-            f"fun must return a real floating-point scalar and returned one of dtype "
+            f"{name} must return a real floating-point scalar and returned one of dtype "
             f"{value.dtype}. Take jnp.real or jnp.abs of a complex value; convert an integer."
         )
     return value

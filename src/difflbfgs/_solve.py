@@ -82,8 +82,7 @@ def _polished(problem, x, warm, solver, search) -> tuple[Progress, Count]:
             return tangent(p)[1]
 
         def first():
-            length = _vector.norm(g)
-            down = _vector.scale(1 / jnp.where(length > 0, length, 1), g)
+            down = _vector.unit(g)
             pair = Pair(down, hvp(down))
             progress = search(now.candidate, f, g, pair)
             num_hvps = now.num_hvps + (warm is None)

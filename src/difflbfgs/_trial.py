@@ -80,9 +80,7 @@ def probe(problem: Problem, x: Vector) -> tuple[Scalar, Vector, Pair]:
     def evaluate(_, points):
         _, here, point = points
         f, g = problem.value_and_gradient(point)
-        length = _vector.norm(g)
-        down = -reach / jnp.where(length > 0, length, 1)
-        return here, (point, f, g), _vector.add_scaled(point, down, g)
+        return here, (point, f, g), _vector.add_scaled(point, -reach, _vector.unit(g))
 
     nowhere = (x, jnp.zeros((), _vector.dtype(x)), _vector.zeros_like(x))
     (_, f, g), (x_near, _, g_near), _ = jax.lax.fori_loop(0, 2, evaluate, (nowhere, nowhere, x))

@@ -60,6 +60,17 @@ def norm(x: Vector) -> Scalar:
     return largest * jnp.sqrt(jnp.stack(squares).sum())
 
 
+def nonzero(length: Scalar) -> Scalar:
+    """Return a length to divide by: 1 instead of 0."""
+    return jnp.where(length > 0, length, 1)
+
+
+def unit(x: _T) -> _T:
+    """Return `x / ‖x‖`, or zero if `x` is zero."""
+    length = nonzero(norm(x))
+    return jax.tree.map(lambda leaf: leaf / length, x)
+
+
 def is_zero(x: Vector) -> Flag:
     """Return whether every entry of `x` is exactly zero."""
     return jnp.stack([jnp.all(leaf == 0) for leaf in jax.tree.leaves(x)]).all()
@@ -72,8 +83,9 @@ def size(x: Vector) -> int:
 
 def is_inexact(leaf: Any) -> bool:
     """Return whether `leaf` is a floating-point or complex array or Python number."""
-    kinds = (jax.Array, np.ndarray, np.generic, float, complex)
-    return isinstance(leaf, kinds) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        return jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return isinstance(leaf, float | complex)
 
 
 def dtype(x: Vector) -> jnp.dtype:
