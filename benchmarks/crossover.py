@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import difflbfgs as dl
-from difflbfgs import _adjoint, _linear
+from difflbfgs import _adjoint, _krylov, _linear
 
 jax.config.update("jax_enable_x64", True)
 
@@ -79,7 +79,7 @@ def main():
     for problem in (softmax_regression, proximal_network, ill_conditioned_quadratic):
         easy = problem is not ill_conditioned_quadratic
         for n in (20, 40, 60, 100, 200, 400):
-            solvers = [_linear.Dense(), _linear.ConjugateGradient(1e-7, 100 * n)]
+            solvers = [_linear.Dense(), _krylov.ConjugateGradient(1e-7, 100 * n)]
             programs = [compiled(problem, n, solver) for solver in solvers]
             seconds = [[], []]
             for _ in range(15):

@@ -11,6 +11,7 @@ import pytest
 
 import difflbfgs as dl
 from difflbfgs import _curvature, _linear, _vector
+from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._program import trace
 from problems import THETA, outer, quadratic, relative_error, ridge, ridge_solution
 
@@ -60,10 +61,10 @@ def operator(matrix):
 def solve(matrix, b, solver, rounds=3, accuracy=(1e-11, 1e-8)):
     H = operator(matrix)
     b = jnp.asarray(b) / np.linalg.norm(b)
-    return _linear.solve_verified(H, b, solver, solver.init(H, {}), {}, accuracy, rounds)
+    return _linear.System.of(H, solver, rounds=rounds).solve(b, _linear.Accuracy(*accuracy))
 
 
-SOLVERS = [_linear.Dense(), _linear.ConjugateGradient(5e-12, 1000)]
+SOLVERS = [_linear.Dense(), ConjugateGradient(5e-12, 1000)]
 
 
 def spd(condition, n=12, seed=0):

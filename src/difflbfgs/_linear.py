@@ -3,8 +3,6 @@
 No solver is taken at its word. The right-hand side is scaled to norm one, the residual `v - H u` is
 computed anew from `H` itself, and the sign of the curvature along the way is kept: a symmetric
 matrix that is not positive semidefinite is not the Hessian at a minimum.
-
-Conjugate gradients: Nocedal & Wright, Numerical Optimization (2006), algorithm 5.3.
 """
 
 from typing import Any
@@ -17,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from difflbfgs import _vector
+from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._solution import RESULTS, count
 from difflbfgs._vector import Count, Scalar, Vector
 
@@ -42,75 +41,11 @@ class Report(eqx.Module):
     max_curvature: Scalar
 
 
-class ConjugateGradient(lx.AbstractLinearSolver):
-    """Conjugate gradients that watch the curvature `pᵀHp`.
+class Accuracy(eqx.Module):
+    """Relative residuals: refine until below `wanted`, accept below `accepted`."""
 
-    It differs from `lineax.CG` in that it stops on the 2-norm of the residual and nothing else,
-    stops where the curvature is zero or negative, reports the extreme Rayleigh quotients, and puts
-    one copy of the operator into the program instead of three. Started from zero it stays in the
-    range of `H`, so a singular but consistent system gets its solution of least norm.
-    """
-
-    rtol: Any
-    max_steps: int = eqx.field(static=True)
-
-    def init(self, operator, options):
-        """Return the operator, linearised."""
-        del options
-        return lx.linearise(operator)
-
-    def compute(self, state, vector, options):
-        """Solve from zero."""
-        precondition = options["preconditioner"].mv if "preconditioner" in options else lambda r: r
-        eps = _vector.epsilon(vector)
-        target = self.rtol * _vector.norm(vector)
-
-        def unfinished(carry):
-            _, r, _, _, step, _, broken = carry
-            return ~broken & (_vector.norm(r) > target) & (step < self.max_steps)
-
-        def advance(carry):
-            u, r, p, rz, step, (low, high), _ = carry
-            hp = state.mv(p)
-            curvature = _vector.dot(p, hp)
-            quotient = curvature / _vector.dot(p, p)
-            low, high = jnp.minimum(low, quotient), jnp.maximum(high, jnp.abs(quotient))
-            broken = ~(quotient > eps * high)
-            alpha = jnp.where(broken, 0, rz / jnp.where(broken, 1, curvature))
-            u = _vector.add_scaled(u, alpha, p)
-            r = _vector.add_scaled(r, -alpha, hp)
-            z = precondition(r)
-            rz_next = _vector.dot(r, z)
-            p = _vector.add_scaled(z, rz_next / rz, p)
-            return u, r, p, rz_next, step + 1, (low, high), broken
-
-        z = precondition(vector)
-        zero = jnp.zeros_like(target)
-        start = (
-            _vector.zeros_like(vector),
-            vector,
-            z,
-            _vector.dot(vector, z),
-            count(0),
-            (zero + jnp.inf, zero),
-            jnp.asarray(False),
-        )
-        u, r, _, _, step, (low, high), _ = jax.lax.while_loop(unfinished, advance, start)
-        solved = _vector.norm(r) <= target
-        result = lx.RESULTS.where(solved, lx.RESULTS.successful, lx.RESULTS.max_steps_reached)
-        return u, result, {"num_steps": step, "min_curvature": low, "max_curvature": high}
-
-    def transpose(self, state, options):
-        """Return the state of the transpose, which is the same operator."""
-        return state, options
-
-    def conj(self, state, options):
-        """Return the state of the conjugate, which is the same operator."""
-        return state, options
-
-    def assume_full_rank(self):
-        """Return `True`, as `lineax.CG` does."""
-        return True
+    wanted: Any
+    accepted: Any
 
 
 class Dense(lx.AbstractLinearSolver):
@@ -130,7 +65,7 @@ class Dense(lx.AbstractLinearSolver):
         pivots = jnp.diagonal(factor[0]) ** 2
         low, high = jnp.min(pivots), jnp.max(jnp.abs(jnp.diagonal(matrix)))
         sound = low > len(matrix) * jnp.finfo(matrix.dtype).eps * high
-        return factor, self._spectrum(matrix, sound), (low, high), sound
+        return matrix, factor, self._spectrum(matrix, sound), (low, high), sound
 
     def _spectrum(self, matrix, sound):
         """Return the eigendecomposition, or zeros where the factorisation is `sound`.
@@ -148,7 +83,7 @@ class Dense(lx.AbstractLinearSolver):
     def compute(self, state, vector, options):
         """Solve with the factor, or with the eigendecomposition."""
         del options
-        factor, (values, vectors), extremes, sound = state
+        _, factor, (values, vectors), extremes, sound = state
         flat, unravel = ravel_pytree(vector)
         with_factor = lx.Cholesky().compute(factor, flat, {})[0]
         noise = _ZERO_CURVATURE * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(values))
@@ -174,65 +109,105 @@ class Dense(lx.AbstractLinearSolver):
         return True
 
 
-def solve_verified(
-    operator: lx.AbstractLinearOperator,
-    v: Vector,
-    solver: lx.AbstractLinearSolver,
-    state: Any,
-    options: dict[str, Any],
-    accuracy: tuple[Any, Any],
-    rounds: int,
-) -> tuple[Vector, Report]:
-    """Solve `H u = v` for `‖v‖ = 1`, verify, and refine on the true residual.
+class System(eqx.Module):
+    """`H u = v`, made ready once for any number of right-hand sides.
 
-    Args:
+    Attributes:
         operator: `H`.
-        v: right-hand side, of norm one or zero.
-        solver: any Lineax solver.
+        solver: any Lineax solver. `ConjugateGradient` is told by each solve how far to go.
         state: what `solver.init` made of the operator.
-        options: the solver's options.
-        accuracy: refine until the relative residual is below the first; accept below the second.
+        options: the solver's options, perhaps a preconditioner.
         rounds: how many times to solve, at most: once, and then for the residual that is left.
-
-    Returns:
-        `u` and a `Report`.
     """
-    wanted, accepted = accuracy
 
-    def unfinished(carry):
-        _, _, (residual, before), report = carry
-        return (report[0] == 0) | (
-            (report[0] < rounds) & (residual > wanted) & (residual < 0.5 * before)
-        )
+    operator: lx.AbstractLinearOperator
+    solver: lx.AbstractLinearSolver
+    state: Any
+    options: dict[str, Any]
+    rounds: int = eqx.field(static=True)
 
-    def refine(carry):
-        u, r, (length, _), (rounds_done, steps, low, high) = carry
-        unit = _vector.scale(1 / jnp.where(length > 0, length, 1), r)
-        solution = lx.linear_solve(
-            operator, unit, solver, options=options, state=state, throw=False
-        )
-        u = _vector.add_scaled(u, length, solution.value)
-        r, before = _vector.sub(v, operator.mv(u)), r
-        # Of a solver that does not watch, what is known is the curvature along its solution.
-        along = _rayleigh(_vector.scale(length, solution.value), _vector.sub(before, r))
-        along = jnp.where(_vector.norm(r) <= accepted * length, along, jnp.inf)
-        low = jnp.minimum(low, solution.stats.get("min_curvature", along))
-        high = jnp.maximum(
-            high,
-            solution.stats.get("max_curvature", jnp.where(jnp.isinf(along), 0, jnp.abs(along))),
-        )
-        steps = steps + jnp.asarray(solution.stats.get("num_steps", 0), jnp.int32)
-        return u, r, (_vector.norm(r), length), (rounds_done + 1, steps, low, high)
+    @classmethod
+    def of(
+        cls,
+        operator: lx.AbstractLinearOperator,
+        solver: lx.AbstractLinearSolver,
+        preconditioner: lx.AbstractLinearOperator | None = None,
+        rounds: int = 3,
+    ) -> "System":
+        """Let the solver prepare."""
+        options = {} if preconditioner is None else {"preconditioner": preconditioner}
+        return cls(operator, solver, solver.init(operator, options), options, rounds)
 
-    length = _vector.norm(v)
-    extremes = (jnp.full_like(length, jnp.inf), jnp.zeros_like(length))
-    start = (_vector.zeros_like(v), v, (length, length), (count(0), count(0), *extremes))
-    u, _, (residual, _), (_, steps, low, high) = jax.lax.while_loop(unfinished, refine, start)
-    converged = residual <= accepted
-    indefinite = low < -_ZERO_CURVATURE * _vector.epsilon(v) * high
-    result = RESULTS.where(converged, RESULTS.successful, RESULTS.adjoint_not_converged)
-    result = RESULTS.where(indefinite, RESULTS.indefinite_hessian, result)
-    return u, Report(result, steps, residual, low, high)
+    def solve(
+        self,
+        v: Vector,
+        accuracy: Accuracy,
+        start: Vector | None = None,
+        indefinite: bool = False,
+    ) -> tuple[Vector, Report]:
+        """Solve `H u = v`, verify, and refine on the true residual.
+
+        Args:
+            v: right-hand side, of any norm.
+            accuracy: how far to go.
+            start: a guess, used if it leaves a smaller residual than zero does.
+            indefinite: take the solution of an indefinite system too.
+
+        Returns:
+            `u` and a `Report`.
+        """
+        length = _vector.norm(v)
+        unit = _vector.unit(v)
+        u, r = _vector.zeros_like(v), unit
+        if start is not None:
+            guess = jax.tree.map(lambda leaf: leaf / _vector.nonzero(length), start)
+            left = _vector.sub(unit, self.operator.mv(guess))
+            better = _vector.norm(left) < _vector.norm(unit)
+            u, r = _vector.where(better, (guess, left), (u, r))
+        u, report = self._refined(unit, u, r, accuracy, indefinite)
+        return _vector.scale(length, u), report
+
+    def _refined(self, v, u, r, accuracy, indefinite):
+        """Solve from `u` with residual `r`, for a `v` of norm one or zero."""
+
+        def unfinished(carry):
+            _, _, (residual, before), (rounds, *_) = carry
+            improving = (rounds == 0) | (residual < 0.5 * before)
+            return (residual > accuracy.wanted) & (rounds < self.rounds) & improving
+
+        def refine(carry):
+            u, r, (length, _), (rounds, steps, low, high) = carry
+            solution = self._solution(_vector.unit(r), 0.5 * accuracy.wanted / length)
+            u = _vector.add_scaled(u, length, solution.value)
+            r, before = _vector.sub(v, self.operator.mv(u)), r
+            # Of a solver that does not watch, what is known is the curvature along its solution.
+            along = _rayleigh(_vector.scale(length, solution.value), _vector.sub(before, r))
+            along = jnp.where(_vector.norm(r) <= accuracy.accepted * length, along, jnp.inf)
+            low = jnp.minimum(low, solution.stats.get("min_curvature", along))
+            size = jnp.where(jnp.isinf(along), 0, jnp.abs(along))
+            high = jnp.maximum(high, solution.stats.get("max_curvature", size))
+            steps = steps + jnp.asarray(solution.stats.get("num_steps", 0), jnp.int32)
+            return u, r, (_vector.norm(r), length), (rounds + 1, steps, low, high)
+
+        length = _vector.norm(r)
+        extremes = (jnp.full_like(length, jnp.inf), jnp.zeros_like(length))
+        start = (u, r, (length, length), (count(0), count(0), *extremes))
+        u, _, (residual, _), (_, steps, low, high) = jax.lax.while_loop(unfinished, refine, start)
+        result = RESULTS.where(
+            residual <= accuracy.accepted, RESULTS.successful, RESULTS.adjoint_not_converged
+        )
+        if not indefinite:
+            negative = low < -_ZERO_CURVATURE * _vector.epsilon(v) * high
+            result = RESULTS.where(negative, RESULTS.indefinite_hessian, result)
+        return u, Report(result, steps, residual, low, high)
+
+    def _solution(self, v, rtol):
+        solver = self.solver
+        if isinstance(solver, ConjugateGradient):
+            solver = ConjugateGradient(rtol, solver.max_steps)
+        return lx.linear_solve(
+            self.operator, v, solver, options=self.options, state=self.state, throw=False
+        )
 
 
 def _rayleigh(u, hu) -> Float[Array, ""]:

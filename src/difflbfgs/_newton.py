@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import lineax as lx
 
 from difflbfgs import _vector
-from difflbfgs._linear import ConjugateGradient
+from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 
@@ -30,8 +30,7 @@ def newton_step(
     forcing = jnp.clip(grad_norm / reference, _vector.epsilon(g), 0.1)
     solver = ConjugateGradient(forcing, min(2 * _vector.size(g) + 10, _MAX_PRODUCTS))
     operator = SymmetricOperator.of(hvp, g)
-    unit = _vector.scale(jnp.where(active, 1 / jnp.where(grad_norm > 0, grad_norm, 1), 0), g)
-    unit = _vector.where(active, unit, _vector.zeros_like(unit))
+    unit = _vector.where(active, _vector.unit(g), _vector.zeros_like(g))
     solution = lx.linear_solve(operator, unit, solver, throw=False)
     low, high = solution.stats["min_curvature"], solution.stats["max_curvature"]
     return _vector.scale(grad_norm, solution.value), low, high, solution.stats["num_steps"]

@@ -20,7 +20,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
-from difflbfgs import _curvature, _linear, _solve, _vector
+from difflbfgs import _curvature, _solve, _vector
 from difflbfgs._linear import Report
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem
@@ -57,33 +57,37 @@ class Task(eqx.Module):
         If the forward or the adjoint solve failed, this raises or multiplies `u` by NaN. (Selecting
         a NaN instead would have a derivative of zero.) A `v` of zero has the solution zero always.
         """
-        adjoint, trusted = self.adjoint, self.trusts(outcome)
-        accuracy = adjoint.accuracy(_vector.dtype(v))
-        solver, rounds = adjoint.solver(_vector.size(v), accuracy[0])
         _, hvp = jax.linearize(problem.gradient, outcome.x)
 
         def matvec(p):
-            return jax.tree.map(lambda hp, p: hp + adjoint.ridge * p, hvp(p), p)
+            return _vector.add_scaled(hvp(p), self.adjoint.ridge, p)
 
         def solve(matvec, b):
-            operator = SymmetricOperator.of(matvec, b)
-            apply = self._preconditioner(outcome)
-            options = {}
-            if apply is not None:
-                options["preconditioner"] = SymmetricOperator.of(apply, b)
-            length = _vector.norm(b)
-            unit = jax.tree.map(lambda leaf: leaf / jnp.where(length > 0, length, 1), b)
-            u, report = _linear.solve_verified(
-                operator, unit, solver, solver.init(operator, options), options, accuracy, rounds
-            )
-            failed = self._adjoint_failed(report) & ~_vector.is_zero(b)
-            if self.throw:
-                u = report.result.error_if(u, failed)
-            spoilt = (failed | ~trusted) & ~_vector.is_zero(b)
-            factor = jnp.where(spoilt, jnp.nan, length)
-            return jax.tree.map(lambda leaf: leaf * factor, u), report
+            u, report = self.solve_system(SymmetricOperator.of(matvec, b), outcome, b)
+            spoilt = (report.result != RESULTS.successful) | ~self.trusts(outcome)
+            factor = jnp.where(spoilt & ~_vector.is_zero(b), jnp.nan, 1)
+            return _vector.scale(factor, u), report
 
         return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
+
+    def solve_system(
+        self,
+        operator: SymmetricOperator,
+        outcome: Outcome,
+        v: Vector,
+        start: Vector | None = None,
+    ) -> tuple[Vector, Report]:
+        """Solve `H u = v` as the adjoint says; raise if that failed and `throw` is set."""
+        stats = jax.lax.stop_gradient(outcome.stats)
+        reference = stats.reference_grad_norm
+        achieved = jnp.where(reference > 0, stats.grad_norm / _vector.nonzero(reference), 0)
+        apply = self._preconditioner(outcome)
+        preconditioner = None if apply is None else SymmetricOperator.of(apply, v)
+        u, report = self.adjoint.solve(operator, v, preconditioner, achieved, start)
+        if self.throw:
+            failed = (report.result != RESULTS.successful) & ~_vector.is_zero(v)
+            u = report.result.error_if(u, failed)
+        return u, report
 
     def _preconditioner(self, outcome):
         """Return the approximate inverse Hessian to precondition with, as a function, or `None`."""
@@ -93,10 +97,6 @@ class Task(eqx.Module):
         if self.adjoint.preconditioner == "lbfgs":
             return _curvature.inverse_hessian(state.memory, x, state.g)
         return None
-
-    def _adjoint_failed(self, report):
-        negative = (report.result == RESULTS.indefinite_hessian) & (not self.adjoint.approximate)
-        return negative | ~(report.residual <= self.adjoint.accuracy(report.residual.dtype)[1])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

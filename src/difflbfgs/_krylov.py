@@ -1,0 +1,139 @@
+"""Conjugate gradients that watch the curvature, and the Ritz values that they find on the way.
+
+Conjugate gradients: Nocedal & Wright, Numerical Optimization (2006), algorithm 5.3. Their
+coefficients are those of a Lanczos tridiagonal matrix `T = RᵀR` with `R` upper bidiagonal, whose
+eigenvalues, the Ritz values, lie in the spectrum of `H`. The extreme ones are followed without
+storing `T`: G. Meurant and P. Tichý, Approximating the extreme Ritz values and upper bounds for the
+A-norm of the error in CG, Numerical Algorithms 82 (2019).
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+
+from difflbfgs import _vector
+from difflbfgs._solution import count
+from difflbfgs._vector import Scalar
+
+
+class Ritz(eqx.Module):
+    """Estimates from inside of the extreme eigenvalues of `H`, for one more column of `R` a step.
+
+    With unit vectors `z` and `y` that nearly maximize `‖Rz‖` and `‖R⁻¹y‖`, and `q` the last column
+    of `R⁻¹`: `high = ‖Rz‖²`, `inverse = ‖R⁻¹y‖²`, `last` is the last entry of `z`, `square = ‖q‖²`
+    and `product = qᵀR⁻¹y`.
+    """
+
+    high: Scalar
+    last: Scalar
+    inverse: Scalar
+    square: Scalar
+    product: Scalar
+
+    @classmethod
+    def first(cls, alpha: Scalar) -> "Ritz":
+        """Return the estimates after a step of length `alpha`."""
+        return cls(1 / alpha, jnp.ones_like(alpha), alpha, alpha, alpha)
+
+    def after(self, alpha: Scalar, previous: Scalar, beta: Scalar) -> "Ritz":
+        """Return the estimates after a step of length `alpha`, the one before being `previous`."""
+        cross = jnp.sqrt(beta) / previous * self.last
+        high, (_, last) = _largest_eigenpair(self.high, cross, beta / previous + 1 / alpha)
+        square = alpha * (beta / previous * self.square + 1)
+        cross = -jnp.sqrt(beta * alpha / previous) * self.product
+        inverse, (s, c) = _largest_eigenpair(self.inverse, cross, square)
+        return Ritz(high, last, inverse, square, s * cross + c * square)
+
+
+def _largest_eigenpair(a, b, d):
+    """Return the largest eigenvalue of `[[a, b], [b, d]]` and its unit eigenvector."""
+    half = (a - d) / 2
+    radius = jnp.hypot(half, b)
+    s, c = jnp.where(half >= 0, half + radius, b), jnp.where(half >= 0, b, radius - half)
+    length = _vector.nonzero(jnp.hypot(s, c))
+    return (a + d) / 2 + radius, (s / length, c / length)
+
+
+class ConjugateGradient(lx.AbstractLinearSolver):
+    """Conjugate gradients that watch the curvature `pᵀHp`.
+
+    It differs from `lineax.CG` in that it stops on the 2-norm of the residual and nothing else,
+    stops where the curvature is zero or negative, reports the extreme curvatures, and puts one copy
+    of the operator into the program instead of three. Started from zero it stays in the range of
+    `H`, so a singular but consistent system gets its solution of least norm.
+
+    The curvatures are Ritz values; with a preconditioner, whose Ritz values are not those of `H`,
+    Rayleigh quotients of the search directions.
+    """
+
+    rtol: Any
+    max_steps: int = eqx.field(static=True)
+
+    def init(self, operator, options):
+        """Return the operator, linearised."""
+        del options
+        return lx.linearise(operator)
+
+    def compute(self, state, vector, options):
+        """Solve from zero."""
+        preconditioned = "preconditioner" in options
+        precondition = options["preconditioner"].mv if preconditioned else lambda r: r
+        eps = _vector.epsilon(vector)
+        target = self.rtol * _vector.norm(vector)
+
+        def unfinished(carry):
+            _, r, _, _, step, *_, broken = carry
+            return ~broken & (_vector.norm(r) > target) & (step < self.max_steps)
+
+        def advance(carry):
+            u, r, p, rz, step, (low, high), ritz, (previous, beta), _ = carry
+            hp = state.mv(p)
+            curvature = _vector.dot(p, hp)
+            quotient = curvature / _vector.dot(p, p)
+            low, high = jnp.minimum(low, quotient), jnp.maximum(high, jnp.abs(quotient))
+            broken = ~(quotient > eps * high)
+            alpha = jnp.where(broken, 0, rz / jnp.where(broken, 1, curvature))
+            after = _vector.where(step == 0, Ritz.first(alpha), ritz.after(alpha, previous, beta))
+            ritz = _vector.where(broken, ritz, after)
+            u = _vector.add_scaled(u, alpha, p)
+            r = _vector.add_scaled(r, -alpha, hp)
+            z = precondition(r)
+            rz_next = _vector.dot(r, z)
+            beta = rz_next / rz
+            p = _vector.add_scaled(z, beta, p)
+            return u, r, p, rz_next, step + 1, (low, high), ritz, (alpha, beta), broken
+
+        z = precondition(vector)
+        zero, one = jnp.zeros_like(target), jnp.ones_like(target)
+        start = (
+            _vector.zeros_like(vector),
+            vector,
+            z,
+            _vector.dot(vector, z),
+            count(0),
+            (zero + jnp.inf, zero),
+            Ritz(zero, one, zero, zero, zero),
+            (one, zero),
+            jnp.asarray(False),
+        )
+        u, r, _, _, step, (low, high), ritz, *_ = jax.lax.while_loop(unfinished, advance, start)
+        if not preconditioned:
+            low, high = jnp.minimum(low, 1 / ritz.inverse), jnp.maximum(high, ritz.high)
+        solved = _vector.norm(r) <= target
+        result = lx.RESULTS.where(solved, lx.RESULTS.successful, lx.RESULTS.max_steps_reached)
+        return u, result, {"num_steps": step, "min_curvature": low, "max_curvature": high}
+
+    def transpose(self, state, options):
+        """Return the state of the transpose, which is the same operator."""
+        return state, options
+
+    def conj(self, state, options):
+        """Return the state of the conjugate, which is the same operator."""
+        return state, options
+
+    def assume_full_rank(self):
+        """Return `True`, as `lineax.CG` does."""
+        return True
