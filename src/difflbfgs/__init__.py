@@ -1,6 +1,8 @@
 """Minimize with L-BFGS in JAX and differentiate the minimizer, exactly, without unrolling."""
 
-from difflbfgs._adjoint import ForwardImplicitAdjoint, ImplicitAdjoint
+from difflbfgs._adjoint import ForwardImplicitAdjoint, ImplicitAdjoint, QuasiNewtonAdjoint
+from difflbfgs._hypergrad import HypergradInfo, value_and_hypergrad
+from difflbfgs._inverse_hessian import inverse_hessian_operator
 from difflbfgs._lbfgs import LBFGS
 from difflbfgs._minimize import minimize
 from difflbfgs._solution import RESULTS, Solution, Stats
@@ -13,11 +15,15 @@ __all__ = [
     "LBFGS",
     "RESULTS",
     "ForwardImplicitAdjoint",
+    "HypergradInfo",
     "ImplicitAdjoint",
+    "QuasiNewtonAdjoint",
     "Solution",
     "Stats",
     "Step",
     "Unrolled",
+    "inverse_hessian_operator",
     "minimize",
     "progress_bar",
+    "value_and_hypergrad",
 ]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from difflbfgs import _vector
 from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._solution import RESULTS, count
-from difflbfgs._vector import Count, Scalar, Vector
+from difflbfgs._vector import Count, Flag, Scalar, Vector
 
 # Curvature within this many eps of zero, relative to the largest, is zero.
 _ZERO_CURVATURE = 100.0
@@ -66,6 +66,10 @@ class Dense(lx.AbstractLinearSolver):
         low, high = jnp.min(pivots), jnp.max(jnp.abs(jnp.diagonal(matrix)))
         sound = low > len(matrix) * jnp.finfo(matrix.dtype).eps * high
         return matrix, factor, self._spectrum(matrix, sound), (low, high), sound
+
+    def matrix(self, state):
+        """Return the assembled matrix."""
+        return state[0]
 
     def _spectrum(self, matrix, sound):
         """Return the eigendecomposition, or zeros where the factorisation is `sound`.
@@ -197,7 +201,7 @@ class System(eqx.Module):
             residual <= accuracy.accepted, RESULTS.successful, RESULTS.adjoint_not_converged
         )
         if not indefinite:
-            negative = low < -_ZERO_CURVATURE * _vector.epsilon(v) * high
+            negative = is_negative(low, high)
             result = RESULTS.where(negative, RESULTS.indefinite_hessian, result)
         return u, Report(result, steps, residual, low, high)
 
@@ -208,6 +212,16 @@ class System(eqx.Module):
         return lx.linear_solve(
             self.operator, v, solver, options=self.options, state=self.state, throw=False
         )
+
+    def steps(self, v: Vector, num_steps: int) -> lx.Solution:
+        """Return what so many steps of conjugate gradients make of `H u = v`."""
+        solver = ConjugateGradient(_vector.epsilon(v), num_steps)
+        return lx.linear_solve(self.operator, v, solver, options=self.options, throw=False)
+
+
+def is_negative(low: Scalar, high: Scalar) -> Flag:
+    """Return whether the lowest curvature is negative beyond rounding."""
+    return low < -_ZERO_CURVATURE * jnp.finfo(low.dtype).eps * high
 
 
 def _rayleigh(u, hu) -> Float[Array, ""]:

@@ -20,6 +20,7 @@ from difflbfgs._checks import (
 from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._problem import (
     Problem,
+    Variables,
     check_same_shape,
     make_preconditioner,
     make_problem,
@@ -28,6 +29,7 @@ from difflbfgs._problem import (
 from difflbfgs._rule import Task
 from difflbfgs._solution import Outcome, Solution
 from difflbfgs._unrolled import Unrolled, UnrolledState
+from difflbfgs._vector import Vector
 
 
 @no_type_check
@@ -106,21 +108,58 @@ def minimize(
     x = variables.to_vector(x0)
     problem = make_problem(fun, theta, variables, x, has_aux)
     if isinstance(solver, Unrolled):
-        _check_state(state, UnrolledState, x, solver)
+        _check_state(state, UnrolledState)
+        if state is not None:
+            check_same_shape(state.x, x)
         outcome = _unrolled.run(problem, x, jax.lax.stop_gradient(state), solver)
         outcome = outcome.raised() if throw else outcome
     else:
-        _check_state(state, WarmStart, x, solver)
-        x, state = jax.lax.stop_gradient((x, state))
-        preconditioner = None
-        if callable(adjoint.preconditioner):
-            preconditioner = make_preconditioner(adjoint.preconditioner, theta, variables, x)
-        task = Task(x, state, solver, adjoint, preconditioner, max_steps, throw, callback)
+        _check_state(state, WarmStart)
+        task = make_task(
+            variables, x, state, theta, solver, adjoint, max_steps, throw, callback=callback
+        )
         outcome = _solve_differentiably(task, problem)
+    return make_solution(variables, outcome, problem.aux(outcome.x) if has_aux else None)
+
+
+def make_task(
+    variables: Variables,
+    x: Vector,
+    state: WarmStart | None,
+    theta: PyTree,
+    solver: LBFGS,
+    adjoint: AbstractAdjoint,
+    max_steps: int,
+    throw: bool,
+    callback: Callable | None = None,
+) -> Task:
+    """Return the solve that the user's settings describe; nothing of it can be differentiated by.
+
+    Raises:
+        ValueError: if the state belongs to another problem or solver.
+        TypeError: if a preconditioner is not what it should be.
+    """
+    if state is not None:
+        check_same_shape(state.x, x)
+        kept = jnp.size(state.memory.weights_memory)
+        if kept != solver.memory_size:
+            raise ValueError(
+                f"state holds {kept} curvature pairs and the solver has memory_size="
+                f"{solver.memory_size}. Keep memory_size, or drop state=."
+            )
+    x, state = jax.lax.stop_gradient((x, state))
+    preconditioner = None
+    if callable(adjoint.preconditioner):
+        preconditioner = make_preconditioner(adjoint.preconditioner, theta, variables, x)
+    return Task(x, state, solver, adjoint, preconditioner, max_steps, throw, callback)
+
+
+def make_solution(variables: Variables, outcome: Outcome, aux: PyTree = None) -> Solution:
+    """Return the outcome in the user's terms."""
     return Solution(
         value=variables.outside(outcome.x),
         objective=outcome.f,
-        aux=problem.aux(outcome.x) if has_aux else None,
+        aux=aux,
         result=outcome.result,
         stats=outcome.stats,
         state=outcome.state,
@@ -133,18 +172,9 @@ def _solve_differentiably(task: Task, problem: Problem) -> Outcome:
     return task.adjoint.differentiable(task, problem)
 
 
-def _check_state(state, kind, x, solver) -> None:
-    if state is not None:
-        if not isinstance(state, kind):
-            raise TypeError(
-                f"state must be the state of an earlier Solution of the same solver, got {state!r} "
-                f"of type {type(state).__name__}. Pass state=solution.state."
-            )
-        check_same_shape(state.x, x)
-    if isinstance(state, WarmStart) and isinstance(solver, LBFGS):
-        kept = jnp.size(state.memory.weights_memory)
-        if kept != solver.memory_size:
-            raise ValueError(
-                f"state holds {kept} curvature pairs and the solver has memory_size="
-                f"{solver.memory_size}. Keep memory_size, or drop state=."
-            )
+def _check_state(state, kind) -> None:
+    if state is not None and not isinstance(state, kind):
+        raise TypeError(
+            f"state must be the state of an earlier Solution of the same solver, got {state!r} "
+            f"of type {type(state).__name__}. Pass state=solution.state."
+        )

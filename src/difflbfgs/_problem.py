@@ -134,8 +134,7 @@ def make_problem(
         TypeError: if it does not return a real scalar (with `has_aux`, one and an auxiliary).
         ValueError: if it returns an array that is not a scalar.
     """
-    inexact, static = eqx.partition(theta, _vector.is_inexact)
-    parameters, theta_structure = jax.tree.flatten(jax.tree.map(jnp.asarray, inexact))
+    parameters, theta_structure, static = split_theta(theta)
     entries, structure = jax.tree.flatten(x)
 
     def objective(*leaves):
@@ -147,6 +146,13 @@ def make_problem(
 
     program, consts = trace(objective, *parameters, *entries)
     return Problem(program, parameters, consts)
+
+
+def split_theta(theta: PyTree) -> tuple[list[Array], Any, PyTree]:
+    """Return the leaves that one can differentiate by, their structure, and everything else."""
+    inexact, static = eqx.partition(theta, _vector.is_inexact)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, inexact))
+    return leaves, structure, static
 
 
 class Preconditioner(eqx.Module):

@@ -21,7 +21,7 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
 from difflbfgs import _curvature, _solve, _vector
-from difflbfgs._linear import Report
+from difflbfgs._linear import Report, System
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem
 from difflbfgs._solution import RESULTS, Outcome, has_converged
@@ -63,27 +63,28 @@ class Task(eqx.Module):
             return _vector.add_scaled(hvp(p), self.adjoint.ridge, p)
 
         def solve(matvec, b):
-            u, report = self.solve_system(SymmetricOperator.of(matvec, b), outcome, b)
+            system = self.system(SymmetricOperator.of(matvec, b), outcome)
+            u, report = self.solve_system(system, outcome, b)
             spoilt = (report.result != RESULTS.successful) | ~self.trusts(outcome)
             factor = jnp.where(spoilt & ~_vector.is_zero(b), jnp.nan, 1)
             return _vector.scale(factor, u), report
 
         return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
 
+    def system(self, operator: SymmetricOperator, outcome: Outcome) -> System:
+        """Return `H u = v`, preconditioned and ready to be solved."""
+        apply = self._preconditioner(outcome)
+        preconditioner = None if apply is None else SymmetricOperator.of(apply, outcome.x)
+        return self.adjoint.system(operator, preconditioner)
+
     def solve_system(
-        self,
-        operator: SymmetricOperator,
-        outcome: Outcome,
-        v: Vector,
-        start: Vector | None = None,
+        self, system: System, outcome: Outcome, v: Vector, start: Vector | None = None
     ) -> tuple[Vector, Report]:
         """Solve `H u = v` as the adjoint says; raise if that failed and `throw` is set."""
         stats = jax.lax.stop_gradient(outcome.stats)
         reference = stats.reference_grad_norm
         achieved = jnp.where(reference > 0, stats.grad_norm / _vector.nonzero(reference), 0)
-        apply = self._preconditioner(outcome)
-        preconditioner = None if apply is None else SymmetricOperator.of(apply, v)
-        u, report = self.adjoint.solve(operator, v, preconditioner, achieved, start)
+        u, report = self.adjoint.solve(system, v, achieved, start)
         if self.throw:
             failed = (report.result != RESULTS.successful) & ~_vector.is_zero(v)
             u = report.result.error_if(u, failed)
@@ -101,7 +102,7 @@ class Task(eqx.Module):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def forward(static, params, arrays) -> Outcome:
-    task, problem = _merge(static, params, arrays)
+    task, problem = merge(static, params, arrays)
     return task.solve(problem)
 
 
@@ -109,14 +110,14 @@ def forward(static, params, arrays) -> Outcome:
 def _forward_jvp(static, primals, tangents):
     params, arrays = primals
     outcome = forward(static, params, arrays)
-    task, problem = _merge(static, params, arrays)
+    task, problem = merge(static, params, arrays)
 
     def gradient(params):
         return eqx.combine(params, problem).gradient(outcome.x)
 
     _, b = jax.jvp(gradient, (params,), (tangents[0],))
     u, _ = task.solve_adjoint(problem, outcome, b)
-    tangent = jax.tree.map(_zero_tangent, outcome)
+    tangent = jax.tree.map(zero_tangent, outcome)
     return outcome, eqx.tree_at(lambda o: o.x, tangent, jax.tree.map(jnp.negative, u))
 
 
@@ -135,7 +136,7 @@ def _reverse_bwd(static, residuals, cotangent):
     params, arrays, outcome = residuals
     if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(cotangent.x)):
         return None, None  # the minimizer was not used: no adjoint to solve
-    task, problem = _merge(static, params, arrays)
+    task, problem = merge(static, params, arrays)
     u, _ = task.solve_adjoint(problem, outcome, cotangent.x)
     _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).gradient(outcome.x), params)
     (bar,) = pullback(jax.tree.map(jnp.negative, u))
@@ -157,14 +158,14 @@ def _forward_objective_jvp(static, primals, tangents):
     It is a function of `x` still, so that the second derivative finds `dx/dθ` in it.
     """
     params, arrays, outcome = primals
-    task, problem = _merge(static, params, arrays)
+    task, problem = merge(static, params, arrays)
 
     def value(params):
         return eqx.combine(params, problem).value(outcome.x)
 
     _, tangent = jax.jvp(value, (params,), (tangents[0],))
     f = forward_objective(static, params, arrays, outcome)
-    return f, _spoil(tangent, task.trusts(outcome))
+    return f, spoil(tangent, task.trusts(outcome))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -179,17 +180,17 @@ def _reverse_objective_fwd(static, params, arrays, outcome):
 
 def _reverse_objective_bwd(static, residuals, cotangent):
     params, arrays, outcome = residuals
-    task, problem = _merge(static, params, arrays)
+    task, problem = merge(static, params, arrays)
     trusted = task.trusts(outcome)
     _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).value(outcome.x), params)
-    (bar,) = pullback(_spoil(cotangent, trusted))
+    (bar,) = pullback(spoil(cotangent, trusted))
     return _masked(bar, cotangent, trusted), None, None
 
 
 reverse_objective.defvjp(_reverse_objective_fwd, _reverse_objective_bwd)
 
 
-def _spoil(t, trusted):
+def spoil(t: PyTree, trusted: Flag) -> PyTree:
     """Multiply `t` by NaN unless `trusted`, but keep a zero; linear, so that JAX transposes it."""
 
     def solve(_, b):
@@ -204,19 +205,20 @@ def _masked(bar: PyTree, cotangent: Vector, trusted: Flag) -> PyTree:
     There the problem itself may be NaN, and `0 · NaN` would reach the lanes that are well.
     """
     masked = ~trusted & _vector.is_zero(cotangent)
-    spoilt = [jnp.sum(leaf) for leaf in jax.tree.leaves(_spoil(cotangent, trusted))]
+    spoilt = [jnp.sum(leaf) for leaf in jax.tree.leaves(spoil(cotangent, trusted))]
     zero = jnp.stack(spoilt).sum()
     return jax.tree.map(lambda leaf: jnp.where(masked, zero.astype(leaf.dtype), leaf), bar)
 
 
-def split(task: Task, problem: Problem):
+def split(task: PyTree, problem: PyTree):
     """Split all that a rule needs: what is constant, what is differentiated, all other arrays."""
     params, rest = eqx.partition(problem, eqx.is_inexact_array)
     arrays, static = eqx.partition((task, rest), _is_array)
     return static, params, arrays
 
 
-def _merge(static, params, arrays) -> tuple[Task, Problem]:
+def merge(static, params, arrays) -> tuple[Any, Any]:
+    """Return what was split."""
     task, rest = eqx.combine(arrays, static)
     return task, eqx.combine(params, rest)
 
@@ -225,7 +227,8 @@ def _is_array(leaf):
     return eqx.is_array(leaf) or isinstance(leaf, np.ndarray)
 
 
-def _zero_tangent(leaf):
+def zero_tangent(leaf):
+    """Return a tangent of zero."""
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jnp.zeros_like(leaf)
     return np.zeros(leaf.shape, jax.dtypes.float0)

@@ -1,0 +1,168 @@
+"""A hypergradient, and how right it is.
+
+With the inner objective `f`, the outer `F` and
+
+    L(x, u, θ) = F(x, θ) - uᵀ ∇ₓf(x, θ),
+
+the minimizer, the adjoint and the hypergradient are one set of equations: `∂L/∂u = 0` says that `x`
+is stationary, `∂L/∂x = 0` that `H u = ∇ₓF`, and then `∂L/∂θ = dF/dθ`. What both solves left undone
+are the residuals of the first two. One Newton step on them, `(x, u) → (x₊, u₊)`, squares the error,
+so that the change of the third,
+
+    ‖∂L/∂θ(x₊, u₊) - ∂L/∂θ(x, u)‖,
+
+is the error of the hypergradient at `(x, u)` but for a term of second order.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from difflbfgs import _adjoint, _vector
+from difflbfgs._krylov import ConjugateGradient
+from difflbfgs._linear import Accuracy, Dense, Report, System
+from difflbfgs._operator import SymmetricOperator
+from difflbfgs._problem import Problem
+from difflbfgs._rule import Task
+from difflbfgs._solution import RESULTS, Outcome, has_converged
+from difflbfgs._vector import Count, Scalar, Vector
+
+# How well the two systems of the estimate are solved: it is to be right within a factor, not exact.
+_ROUGHLY = Accuracy(wanted=0.1, accepted=0.1)
+# The Newton step must shrink the gradient by this factor, or reach this many times its noise.
+_CONTRACTION = 0.5
+_NOISE = 4.0
+
+
+class Certified(eqx.Module):
+    """A hypergradient in the terms of the interior; the rest is as in `HypergradInfo`."""
+
+    outcome: Outcome
+    value: Scalar
+    gradient: list[Array]
+    u: Vector
+    result: Any
+    num_adjoint_steps: Count
+    num_estimate_steps: Count
+    adjoint_residual: Scalar
+    error_estimate: Scalar
+    min_curvature: Scalar
+    max_curvature: Scalar
+
+
+class _Estimate(eqx.Module):
+    error: Scalar  # infinite where the estimate does not hold
+    num_steps: Count
+    min_curvature: Scalar
+    max_curvature: Scalar
+
+
+def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) -> Certified:
+    """Solve `inner`, and differentiate `outer` at its minimizer by `theta`."""
+    outcome = task.solve(inner)
+    x = outcome.x
+    _, hvp = jax.linearize(inner.gradient, x)
+    H = SymmetricOperator.of(hvp, x)
+    ridge = task.adjoint.ridge
+    shifted = H if _is_nothing(ridge) else _shifted(H, ridge, x)
+    system = task.system(shifted, outcome)
+    value, v = outer.value_and_gradient(x)
+    u, report = task.solve_system(system, outcome, v, start)
+    trusted = task.trusts(outcome) & (report.result == RESULTS.successful)
+    _, left, gradient = _derivatives(inner, outer, x, u)
+    residual = _vector.norm(_vector.add_scaled(left, -ridge, u)) / _vector.nonzero(_vector.norm(v))
+    if shifted is not H or not isinstance(system.solver, Dense | ConjugateGradient):
+        system = _adjoint.default_system(H, system.options.get("preconditioner"))
+    estimate = _estimate(inner, outer, outcome, u, gradient, system, report)
+    return Certified(
+        outcome=outcome,
+        value=value,
+        gradient=_vector.scale(jnp.where(trusted, 1, jnp.nan), gradient),
+        u=u,
+        result=RESULTS.where(has_converged(outcome.result), report.result, outcome.result),
+        num_adjoint_steps=report.num_steps,
+        num_estimate_steps=estimate.num_steps,
+        adjoint_residual=residual,
+        error_estimate=jnp.where(trusted, estimate.error, jnp.inf),
+        min_curvature=estimate.min_curvature,
+        max_curvature=estimate.max_curvature,
+    )
+
+
+def lagrangian(inner: Problem, outer: Problem, x: Vector, u: Vector) -> Scalar:
+    """Return `F(x) - uᵀ∇f(x)`, the second term as a derivative along `u`."""
+    _, slope = jax.jvp(inner.value, (x,), (u,))
+    return outer.value(x) - slope
+
+
+def _derivatives(inner, outer, x, u):
+    """Return `∇f(x)`, `∇F(x) - H u` and `∂L/∂θ` at `(x, u)`."""
+
+    def value(u, x, theta):
+        return lagrangian(inner.at(theta), outer.at(theta), x, u)
+
+    minus_g, left, by_theta = jax.grad(value, argnums=(0, 1, 2))(u, x, inner.theta)
+    return jax.tree.map(jnp.negative, minus_g), left, by_theta
+
+
+def _estimate(inner, outer, outcome: Outcome, u, gradient, system: System, adjoint: Report):
+    """Estimate the error of `gradient` by a Newton step for `(x, u)`."""
+    x, g = outcome.x, outcome.state.g
+    # Evaluated one rounding away, the gradient shows its noise, and hides none of it in an `x` that
+    # was chosen because the noise happened to cancel there.
+    g_near = inner.gradient(_rounded_off(x))
+    noise = _vector.norm(_vector.sub(g_near, g))
+    e, report = system.solve(g_near, _ROUGHLY)
+    x_after = _vector.sub(x, e)
+    g_after, left, _ = _derivatives(inner, outer, x_after, u)
+    du, other = system.solve(left, _ROUGHLY)
+    u_after = _vector.add_scaled(u, 1, du)
+    _, _, gradient_after = _derivatives(inner, outer, x_after, u_after)
+    contracts = _vector.norm(g_after) <= _CONTRACTION * _vector.norm(g_near) + _NOISE * noise
+    solved = (report.result == RESULTS.successful) & (other.result == RESULTS.successful)
+    error = _distance(gradient_after, gradient)
+    low, high = _extremes(system, adjoint, report, other)
+    known = contracts & solved & jnp.isfinite(error)
+    steps = report.num_steps + other.num_steps
+    return _Estimate(jnp.where(known, error, jnp.inf), steps, low, high)
+
+
+def _rounded_off(x: Vector) -> Vector:
+    """Return `x` with every entry moved by about one rounding, up and down in a fixed pattern."""
+
+    def move(leaf):
+        k = jax.lax.iota(jnp.uint32, leaf.size).reshape(leaf.shape)
+        sign = jnp.where(jax.lax.population_count(k) % 2 == 0, 1, -1)
+        return leaf * (1 + sign.astype(leaf.dtype) * jnp.finfo(leaf.dtype).eps)
+
+    return jax.tree.map(move, x)
+
+
+def _distance(after: list[Array], before: list[Array]) -> Scalar:
+    """Return the 2-norm of the difference, and at least the rounding error of `before`."""
+
+    def distances(after, before):
+        return jnp.abs(after - before) + jnp.finfo(before.dtype).eps * jnp.abs(before)
+
+    return _vector.norm(jax.tree.map(distances, after, before))
+
+
+def _extremes(system: System, *reports: Report) -> tuple[Scalar, Scalar]:
+    """Return the extreme eigenvalues of `H`, or estimates from inside by what was seen of it."""
+    if isinstance(system.solver, Dense):
+        values = jnp.linalg.eigvalsh(system.solver.matrix(system.state))
+        return jnp.min(values), jnp.max(jnp.abs(values))
+    low = jnp.stack([report.min_curvature for report in reports]).min()
+    return low, jnp.stack([report.max_curvature for report in reports]).max()
+
+
+def _is_nothing(ridge: Any) -> bool:
+    return isinstance(ridge, float | int) and ridge == 0
+
+
+def _shifted(H, ridge, like):
+    """Return `H + ridge I`."""
+    return SymmetricOperator.of(lambda p: _vector.add_scaled(H.mv(p), ridge, p), like)
