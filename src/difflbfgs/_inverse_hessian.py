@@ -3,11 +3,13 @@
 import lineax as lx
 
 from difflbfgs import _curvature
+from difflbfgs._checks import no_type_check
 from difflbfgs._hypergrad import HypergradState
 from difflbfgs._lbfgs import WarmStart
 from difflbfgs._operator import SymmetricOperator
 
 
+@no_type_check
 def inverse_hessian_operator(state: WarmStart | HypergradState) -> lx.AbstractLinearOperator:
     """Return the inverse Hessian that a solve left in its memory, as a Lineax operator.
 

@@ -19,15 +19,15 @@ _MAX_PRODUCTS = 2000
 
 
 def newton_step(
-    hvp: Callable[[Vector], Vector], g: Vector, reference: Scalar, active: Flag
+    hvp: Callable[[Vector], Vector], g: Vector, target: Scalar, active: Flag
 ) -> tuple[Vector, Scalar, Scalar, Count]:
     """Return `d` with `H d ≈ g`, the extreme curvatures along the way, and the products used.
 
-    The residual is brought below `min(0.1, ‖g‖ / reference) ‖g‖`, so that the step converges
-    quadratically (Eisenstat & Walker 1996). Unless `active`, `d` is zero and costs nothing.
+    The residual is brought below `target`, but at least below `‖g‖ / 10`. Unless `active`, `d` is
+    zero and costs nothing.
     """
     grad_norm = _vector.norm(g)
-    forcing = jnp.clip(grad_norm / reference, _vector.epsilon(g), 0.1)
+    forcing = jnp.clip(target / _vector.nonzero(grad_norm), _vector.epsilon(g), 0.1)
     solver = ConjugateGradient(forcing, min(2 * _vector.size(g) + 10, _MAX_PRODUCTS))
     operator = SymmetricOperator.of(hvp, g)
     unit = _vector.where(active, _vector.unit(g), _vector.zeros_like(g))

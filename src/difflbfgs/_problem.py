@@ -26,7 +26,7 @@ class Problem(eqx.Module):
 
     program: Program = eqx.field(static=True)
     theta: list[Array]
-    consts: list[Array]
+    consts: PyTree
 
     def at(self, theta: list[Array]) -> "Problem":
         """Return the problem with other values for the inexact leaves of `theta`."""

@@ -91,7 +91,7 @@ def _polished(problem, x, warm, solver, search) -> tuple[Progress, Count]:
         def further():
             progress, accepted = _judge(now, f, g, solver)
             active = (k <= solver.polish) & ((k == 1) | accepted) & _is_worth_it(progress)
-            d, low, high, products = newton_step(hvp, g, progress.reference, active)
+            d, low, high, products = newton_step(hvp, g, _target(progress), active)
             candidate = _vector.sub(progress.x, d)
             return _Polish(progress, candidate, low, high, now.num_hvps + products)
 
@@ -128,6 +128,18 @@ def _judge(now: _Polish, f, g, solver) -> tuple[Progress, Flag]:
         lambda p: (p.x, p.f, p.g, p.scale, p.result), before, (x, f, g, scale, result)
     )
     return progress, accepted
+
+
+def _target(progress: Progress) -> Scalar:
+    """Return the residual to which the Newton equations are solved.
+
+    `‖g‖² / reference` makes the step converge quadratically (Eisenstat & Walker 1996). Where L-BFGS
+    was stopped by the rounding error of the objective, the step goes to that of the gradient.
+    """
+    quadratic = _vector.norm(progress.g) ** 2 / progress.reference
+    noise = _stopping.rounding(progress.reference)
+    stopped = progress.result != RESULTS.successful
+    return jnp.where(stopped, jnp.minimum(quadratic, noise), quadratic)
 
 
 def _is_worth_it(progress: Progress) -> Flag:
