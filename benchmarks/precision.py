@@ -11,6 +11,7 @@ result code and NaN, or by an error estimate of at least a third of the true err
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,12 @@ def measured(make, dtype, adjoint):
     size = np.linalg.norm(exact)
     error = np.linalg.norm(np.asarray(gradient, np.float64) - exact) / size
     return error, float(info.error_estimate) / size, info
+
+
+def message(result):
+    """Return the beginning of what a user reads."""
+    results: Any = dl.RESULTS
+    return results[result][:45]
 
 
 def digits(quick):
@@ -93,7 +100,7 @@ def quadratics(quick):
                 print(
                     f"{condition:9.0e} {dtype.__name__:>8s} {n:4d} {error:8.1e} {estimate:9.1e} "
                     f"{float(info.min_curvature):9.2g} {float(info.max_curvature):9.2g}   "
-                    f"{verdict}: {dl.RESULTS[info.result][:45]}",
+                    f"{verdict}: {message(info.result)}",
                     flush=True,
                 )
     print(f"\nsilently wrong: {silent}")

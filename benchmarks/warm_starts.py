@@ -3,9 +3,11 @@
     python benchmarks/warm_starts.py [--quick]
 
 Gradient descent on the weight decays of a softmax regression on digits, on the weights of the
-samples in hyper-cleaning, and on the images of a distillation. Counted are evaluations of the inner
+samples in hyper-cleaning, and on the images of a distillation; and, to see where the saving ends, on two small problems, whose adjoint is a dense
+factorisation and costs the same either way. Counted are evaluations of the inner
 objective with its gradient and Hessian products: those of the solve, its polish and the adjoint.
-Warm must save at least 30 %, and the trajectory must be the same to 1e-6.
+Warm must save at least 30 % on the large problems, and the
+trajectory must be the same to 1e-6 on all.
 """
 
 import argparse
@@ -18,6 +20,9 @@ import difflbfgs as dl
 from collection import COLLECTION
 
 jax.config.update("jax_enable_x64", True)
+
+
+NAMES = ("softmax e-6", "hyper-cleaning", "distillation", "logistic", "ridge")
 
 
 def descend(problem, num_steps, step_length, warm):
@@ -37,26 +42,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one problem, for tests")
     quick = parser.parse_args().quick
+    print("every outer step moves theta by a hundredth or a thousandth of its norm")
     print(
-        f"{'problem':16s} {'cold: evaluations':>18s} {'products':>9s} {'warm: evaluations':>18s} "
-        f"{'products':>9s} {'saved':>7s} {'trajectory':>11s}"
+        f"{'problem':16s} {'step':>6s} {'cold: evaluations':>18s} {'products':>9s} "
+        f"{'warm: evaluations':>18s} {'products':>9s} {'saved':>7s} {'trajectory':>11s}"
     )
-    for name in ("distillation",) if quick else ("softmax e-6", "hyper-cleaning", "distillation"):
+    for name in NAMES[-1:] if quick else NAMES:
         problem = COLLECTION[name]()
-        length = 1e-2 * float(jnp.maximum(1, jnp.linalg.norm(problem.theta)))
-        cold_theta, cold = descend(problem, 30, length, warm=False)
-        warm_theta, warm = descend(problem, 30, length, warm=True)
-        saved = 1 - warm.sum() / cold.sum()
-        apart = np.linalg.norm(warm_theta - cold_theta) / np.linalg.norm(cold_theta)
-        evaluations, products = cold.sum(0)
-        fewer_evaluations, fewer_products = warm.sum(0)
-        print(
-            f"{name:16s} {evaluations:18d} {products:9d} {fewer_evaluations:18d} "
-            f"{fewer_products:9d} {100 * saved:6.0f}% {apart:11.1e}",
-            flush=True,
-        )
-        assert saved >= 0.3
-        assert apart < 1e-6
+        for relative in (1e-2,) if quick else (1e-2, 1e-3):
+            length = relative * float(jnp.maximum(1, jnp.linalg.norm(problem.theta)))
+            cold_theta, cold = descend(problem, 30, length, warm=False)
+            warm_theta, warm = descend(problem, 30, length, warm=True)
+            saved = 1 - warm.sum() / cold.sum()
+            apart = np.linalg.norm(warm_theta - cold_theta) / np.linalg.norm(cold_theta)
+            evaluations, products = cold.sum(0)
+            fewer_evaluations, fewer_products = warm.sum(0)
+            print(
+                f"{name:16s} {relative:6.0e} {evaluations:18d} {products:9d} "
+                f"{fewer_evaluations:18d} {fewer_products:9d} {100 * saved:6.0f}% {apart:11.1e}",
+                flush=True,
+            )
+            assert saved >= (0.3 if problem.x0.size > 64 else 0)
+            assert apart < 1e-6
 
 
 if __name__ == "__main__":

@@ -16,12 +16,17 @@ from difflbfgs._trial import probe
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 from difflbfgs._watch import Step
 
+# A warm start takes up to this many Newton steps before L-BFGS.
+_LEAD = 3
 
-class _Polish(eqx.Module):
+
+class _Round(eqx.Module):
+    number: Count
     progress: Progress
     candidate: Vector
     min_curvature: Scalar  # seen by the Newton step to the candidate
     max_curvature: Scalar
+    num_fun_evals: Count
     num_hvps: Count
 
 
@@ -46,8 +51,9 @@ def run(
             end, num_hvps = search(x, f, g, pair), count(0)
             num_fun_evals = end.num_fun_evals + evaluations
         else:
-            end, num_hvps = _polished(problem, x, warm, solver, search)
-            num_fun_evals = end.num_fun_evals + solver.polish + 2
+            last = _polished(problem, x, warm, solver, search)
+            end, num_hvps = last.progress, last.num_hvps
+            num_fun_evals = end.num_fun_evals + last.num_fun_evals
     stats = Stats(
         num_steps=end.num_steps,
         num_fun_evals=num_fun_evals,
@@ -67,48 +73,68 @@ def _start(problem, x, warm):
     return *problem.value_and_gradient(x), nothing, 1
 
 
-def _polished(problem, x, warm, solver, search) -> tuple[Progress, Count]:
+def _polished(problem, x, warm, solver, search) -> _Round:
     """Run L-BFGS and then Newton steps, on one copy of the linearised gradient.
 
-    Round 0 linearises at the start and searches from there. Every other round linearises at the
-    candidate that the one before left, keeps it if it is better, and proposes the next.
+    A round linearises at the candidate that the one before left, keeps it if it is better, and
+    proposes the next. In one of them L-BFGS searches from there. The rounds after that polish;
+    those before, with a warm start, are there because near the minimizer Newton's method needs
+    fewer products than L-BFGS needs evaluations. Rounds without a Newton step are skipped.
     """
-    zero = jnp.zeros((), _vector.dtype(x))
+    lead = 0 if warm is None else _LEAD
+    end = lead + solver.polish + 1
 
-    def polish_round(k, now: _Polish):
+    def take(now: _Round):
+        k = now.number
         (f, g), tangent = jax.linearize(problem.value_and_gradient, now.candidate)
+        progress, accepted = _judge(now, f, g, solver)
 
         def hvp(p):
             return tangent(p)[1]
 
-        def first():
-            down = _vector.unit(g)
-            pair = Pair(down, hvp(down))
-            progress = search(now.candidate, f, g, pair)
-            num_hvps = now.num_hvps + (warm is None)
-            return _Polish(progress, progress.x, zero, zero, num_hvps)
+        def searched():
+            down = _vector.unit(progress.g)
+            return search(progress.x, progress.f, progress.g, Pair(down, hvp(down)))
 
-        def further():
-            progress, accepted = _judge(now, f, g, solver)
-            active = (k <= solver.polish) & ((k == 1) | accepted) & _is_worth_it(progress)
-            d, low, high, products = newton_step(hvp, g, _target(progress), active)
-            candidate = _vector.sub(progress.x, d)
-            return _Polish(progress, candidate, low, high, now.num_hvps + products)
+        leading = (k < lead) & accepted & _is_near(progress, solver)
+        searching = (k <= lead) & ~leading
+        progress = jax.lax.cond(searching, searched, lambda: progress)
+        # The linearisation is of use only where the solve stands.
+        here = jnp.where(
+            searching, accepted & (progress.num_steps == 0), accepted | (k == lead + 1)
+        )
+        active = (k < end) & here & (leading | _is_worth_it(progress))
+        # Before L-BFGS, further than its test asks would be work for the polish.
+        floor = jnp.where(leading, 0.5 * _threshold(progress, solver), 0)
+        target = jnp.maximum(floor, _target(progress))
+        d, low, high, products = newton_step(hvp, progress.g, target, active)
+        polishing = jnp.where(here, jnp.where(active, lead + 2, end + 1), lead + 1)
+        following = jnp.where(active, k + 1, end + 1)
+        return _Round(
+            number=jnp.where(searching, polishing, following),
+            progress=progress,
+            candidate=_vector.sub(progress.x, d),
+            min_curvature=low,
+            max_curvature=high,
+            num_fun_evals=now.num_fun_evals + 1,
+            num_hvps=now.num_hvps + products + (searching & (warm is None)),
+        )
 
-        return jax.lax.cond(k == 0, first, further)
-
+    zero = jnp.zeros((), _vector.dtype(x))
     nowhere = Pair(_vector.zeros_like(x), _vector.zeros_like(x))
     before = _lbfgs.begin(solver, x, zero, _vector.zeros_like(x), nowhere, warm)
-    start = _Polish(before, x, zero, zero, count(0))
-    end = jax.lax.fori_loop(0, solver.polish + 2, polish_round, start)
-    return end.progress, end.num_hvps
+    first = _Round(count(0), before, x, zero, zero, count(0), count(0))
+    return jax.lax.while_loop(lambda now: now.number <= end, take, first)
 
 
-def _judge(now: _Polish, f, g, solver) -> tuple[Progress, Flag]:
-    """Keep the candidate if its gradient is smaller, and the objective no larger but for noise."""
+def _judge(now: _Round, f, g, solver) -> tuple[Progress, Flag]:
+    """Keep the candidate if its gradient is smaller, and the objective no larger but for noise.
+
+    In the first round it is where the solve starts.
+    """
     before = now.progress
     grad_norm = _vector.norm(g)
-    accepted = (
+    accepted = (now.number == 0) | (
         (now.min_curvature > 0)
         & (grad_norm < _vector.norm(before.g))
         & (f <= before.f + before.scale.noise(before.f))
@@ -138,8 +164,20 @@ def _target(progress: Progress) -> Scalar:
     """
     quadratic = _vector.norm(progress.g) ** 2 / progress.reference
     noise = _stopping.rounding(progress.reference)
-    stopped = progress.result != RESULTS.successful
+    limit, stuck = RESULTS.precision_limit, RESULTS.line_search_failed
+    stopped = (progress.result == limit) | (progress.result == stuck)
     return jnp.where(stopped, jnp.minimum(quadratic, noise), quadratic)
+
+
+def _is_near(progress: Progress, solver: LBFGS) -> Flag:
+    """Return whether Newton's method is to be tried before L-BFGS, and there is something to do."""
+    grad_norm = _vector.norm(progress.g)
+    return (_threshold(progress, solver) < grad_norm) & (grad_norm <= progress.reference)
+
+
+def _threshold(progress: Progress, solver: LBFGS) -> Scalar:
+    reference, local = progress.reference, jnp.asarray(True)
+    return _stopping.threshold(solver.atol, solver.rtol, reference, local)
 
 
 def _is_worth_it(progress: Progress) -> Flag:

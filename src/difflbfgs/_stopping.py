@@ -79,13 +79,18 @@ def rounding(value: Scalar) -> Scalar:
     return _ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
 
-def passes(grad_norm: Scalar, atol: Any, rtol: Any, reference: Scalar, local: Flag) -> Flag:
-    """Return whether the gradient test holds: `‖g‖ <= atol + rtol · reference`.
+def threshold(atol: Any, rtol: Any, reference: Scalar, local: Flag) -> Scalar:
+    """Return `atol + rtol · reference`, to which the gradient norm is to be brought.
 
     After a step so long that its curvature says nothing about its end, only `atol` counts.
     """
-    rtol = jnp.finfo(grad_norm.dtype).eps ** 0.5 if rtol is None else rtol
-    return grad_norm <= atol + jnp.where(local, rtol * reference, 0)
+    rtol = jnp.finfo(reference.dtype).eps ** 0.5 if rtol is None else rtol
+    return atol + jnp.where(local, rtol * reference, 0)
+
+
+def passes(grad_norm: Scalar, atol: Any, rtol: Any, reference: Scalar, local: Flag) -> Flag:
+    """Return whether the gradient test holds."""
+    return grad_norm <= threshold(atol, rtol, reference, local)
 
 
 def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale) -> Flag:
