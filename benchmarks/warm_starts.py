@@ -3,11 +3,11 @@
     python benchmarks/warm_starts.py [--quick]
 
 Gradient descent on the weight decays of a softmax regression on digits, on the weights of the
-samples in hyper-cleaning, and on the images of a distillation; and, to see where the saving ends, on two small problems, whose adjoint is a dense
-factorisation and costs the same either way. Counted are evaluations of the inner
-objective with its gradient and Hessian products: those of the solve, its polish and the adjoint.
-Warm must save at least 30 % on the large problems, and the
-trajectory must be the same to 1e-6 on all.
+samples in hyper-cleaning, and on the images of a distillation; and, to see where the saving ends,
+on two small problems, whose adjoint is a dense factorisation and costs the same either way. Counted
+are evaluations of the inner objective with its gradient and Hessian products: those of the solve,
+its polish and the adjoint. Warm must save at least 30 % on the large problems, and the trajectory
+must be the same to 1e-6 on all.
 """
 
 import argparse

@@ -202,7 +202,7 @@ def main():
     options = parser.parse_args()
     begin = time.perf_counter()
     theta = jnp.full(64, -6.0)
-    tuned = tune(theta, 10 if options.quick else 60)
+    tuned = tune(theta, 4 if options.quick else 60)
     before, after = report("before tuning", theta), report("after tuning", tuned)
     implicit, unrolled = compare(theta, options.quick)
     draw(options.output, tuned, implicit, unrolled)

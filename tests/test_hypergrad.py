@@ -69,6 +69,8 @@ def test_curvatures_are_the_extreme_eigenvalues():
     values = jnp.linalg.eigvalsh(jax.hessian(ridge)(ridge_solution(THETA), THETA))
     assert relative_error(info.min_curvature, values[0]) < 1e-10
     assert relative_error(info.max_curvature, values[-1]) < 1e-10
+    # The one factorisation serves the adjoint and the estimate.
+    assert (info.num_adjoint_steps, info.num_estimate_steps) == (5, 0)
 
 
 # A hundred variables: beyond the dense factorisation, so that conjugate gradients run.

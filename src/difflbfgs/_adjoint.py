@@ -141,8 +141,8 @@ class ImplicitAdjoint(_Exact):
             inverse Hessian that the solve left in its memory. Or a function `(x, theta) -> P` to a
             positive definite Lineax operator that approximates `H⁻¹`, on PyTrees like the inexact
             leaves of `x0` or on flat vectors of all their entries. On scikit-learn's digits with
-            weight decays of e⁻⁴, e⁻⁶ and e⁻⁹, `"lbfgs"` took 57, 75 and 116 products instead of 63,
-            86 and 128 with `memory_size=10`, and 34, 40 and 71 with `memory_size=100`.
+            weight decays of e⁻⁴, e⁻⁶ and e⁻⁹, `"lbfgs"` took 58, 72 and 114 products instead of 65,
+            85 and 124 with `memory_size=10`, and 34, 61 and 74 with `memory_size=100`.
         approximate: differentiate wherever the solver stopped, as if that were a minimizer.
 
     Raises:
@@ -179,7 +179,7 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
     conjugate gradients preconditioned with `P`. There is no test of convergence. Second derivatives
     take `P` for `H⁻¹` wherever that occurs, and are approximate in the same way.
 
-    Cost: no Hessian-vector product with `refine=0`, else `refine + 1`, against the 28 to 119 of
+    Cost: no Hessian-vector product with `refine=0`, else `refine + 1`, against the 28 to 124 of
     `ImplicitAdjoint` on the problems below.
 
     Error: measured relative error of the hypergradient (`benchmarks/adjoints.py`: softmax
@@ -188,9 +188,9 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
 
     | `refine` | `memory_size=10` | `memory_size=100` |
     |---|---|---|
-    | 0 | 0.4 to 4 | 0.2 to 0.9 |
-    | 5 | 0.01 to 0.8 | 0.002 to 0.3 |
-    | 10 | 5e-5 to 0.4 | 3e-6 to 0.06 |
+    | 0 | 0.3 to 2.2 | 0.2 to 0.9 |
+    | 5 | 0.007 to 0.9 | 0.002 to 0.3 |
+    | 10 | 5e-5 to 0.5 | 3e-6 to 0.05 |
 
     It is a choice for early outer steps, where the direction is all that counts. The error estimate
     of `value_and_hypergrad` says how wrong it is.

@@ -27,7 +27,7 @@ from difflbfgs._linear import Accuracy, Dense, Report, System
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem
 from difflbfgs._rule import Task
-from difflbfgs._solution import RESULTS, Outcome, has_converged
+from difflbfgs._solution import RESULTS, Outcome, count, has_converged
 from difflbfgs._vector import Count, Scalar, Vector
 
 # How well the two systems of the estimate are solved: it is to be right within a factor, not exact.
@@ -74,9 +74,11 @@ def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) 
     trusted = task.trusts(outcome) & (report.result == RESULTS.successful)
     _, left, gradient = _derivatives(inner, outer, x, u)
     residual = _vector.norm(_vector.add_scaled(left, -ridge, u)) / _vector.nonzero(_vector.norm(v))
-    if shifted is not H or not isinstance(system.solver, Dense | ConjugateGradient):
+    shared = shifted is H and isinstance(system.solver, Dense | ConjugateGradient)
+    if not shared:
         system = _adjoint.default_system(H, system.options.get("preconditioner"))
     estimate = _estimate(inner, outer, outcome, u, gradient, system, report)
+    factored = shared and isinstance(system.solver, Dense)
     return Certified(
         outcome=outcome,
         value=value,
@@ -84,7 +86,7 @@ def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) 
         u=u,
         result=RESULTS.where(has_converged(outcome.result), report.result, outcome.result),
         num_adjoint_steps=report.num_steps,
-        num_estimate_steps=estimate.num_steps,
+        num_estimate_steps=count(0) if factored else estimate.num_steps,
         adjoint_residual=residual,
         error_estimate=jnp.where(trusted, estimate.error, jnp.inf),
         min_curvature=estimate.min_curvature,

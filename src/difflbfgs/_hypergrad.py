@@ -44,7 +44,7 @@ class HypergradInfo(eqx.Module):
         result: how the inner solve ended or, if that converged, the adjoint solve.
         num_adjoint_steps: steps of the adjoint's linear solver; with conjugate gradients, products
             with the Hessian, with a dense factorisation the number of variables.
-        num_estimate_steps: the same for `error_estimate`.
+        num_estimate_steps: the same for `error_estimate`; 0 where the adjoint's factor serves.
         adjoint_residual: `‖∇ₓF - H u‖ / ‖∇ₓF‖`, recomputed from `u`.
         error_estimate: estimated 2-norm of `grad - exact`, over all leaves; infinite where the
             estimate does not hold. See `value_and_hypergrad`.
@@ -97,12 +97,13 @@ def value_and_hypergrad(
     reaches its noise); that is checked. Where it fails, as with an indefinite Hessian or a solve
     that did not converge, the estimate is infinite. It is an estimate and not a bound: it is blind
     to a minimizer that is the wrong one of several, and its term of second order is left out.
-    On 13 problems at three tolerances each (`benchmarks/error_estimate.py`) it was within 0.9 to
-    1.1 times the true error where that is not rounding.
+    On 13 problems at four tolerances each (`benchmarks/error_estimate.py`) it was 0.90 to 1.07
+    times the true error where that is not rounding.
 
-    Cost: that of the gradient, and for the estimate two loose linear solves, 20 to 45 % of the
-    products of the adjoint in those measurements, and five gradients. Under `jax.jit` an estimate
-    that is not used is not computed.
+    Cost: that of the gradient, and for the estimate two loose linear solves and a few gradients. In
+    those measurements the two took 0.3 to 0.5 times the products of the adjoint at the default
+    tolerance, and 0.5 to 1.2 times at the loosest; up to 64 variables none. Under `jax.jit` an
+    estimate that is not used is not computed.
 
     Args:
         outer: the outer loss, `outer(x, theta)`, a real scalar.

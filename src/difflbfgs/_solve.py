@@ -40,8 +40,9 @@ def run(
 ) -> Outcome:
     """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
 
-    def search(x, f, g, pair):
+    def search(x, f, g, pair, idle=False):
         start = _lbfgs.begin(solver, x, f, g, pair, warm)
+        start = eqx.tree_at(lambda start: start.done, start, start.done | idle)
         return _lbfgs.search(problem, start, solver, max_steps, callback, warm is not None)
 
     with jax.numpy_dtype_promotion("standard"):
@@ -94,7 +95,9 @@ def _polished(problem, x, warm, solver, search) -> _Round:
 
         def searched():
             down = _vector.unit(progress.g)
-            return search(progress.x, progress.f, progress.g, Pair(down, hvp(down)))
+            pair = Pair(down, hvp(down))
+            # Under `vmap` this runs for every lane as soon as one is to search.
+            return search(progress.x, progress.f, progress.g, pair, idle=~searching)
 
         leading = (k < lead) & accepted & _is_near(progress, solver)
         searching = (k <= lead) & ~leading
