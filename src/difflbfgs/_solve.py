@@ -124,8 +124,13 @@ def _polished(problem, x, warm, solver, search) -> _Round:
         )
 
     zero = jnp.zeros((), _vector.dtype(x))
-    nowhere = Pair(_vector.zeros_like(x), _vector.zeros_like(x))
-    before = _lbfgs.begin(solver, x, zero, _vector.zeros_like(x), nowhere, warm)
+
+    def unstarted():
+        nothing = _vector.zeros_like(x)
+        return _lbfgs.begin(solver, x, zero, nothing, Pair(nothing, nothing), warm)
+
+    # Of a cold start, nothing but the shapes is known before the first round.
+    before = unstarted() if warm else _vector.zeros_like(jax.eval_shape(unstarted))
     first = _Round(count(0), before, x, zero, zero, count(0), count(0))
     return jax.lax.while_loop(lambda now: now.number <= end, take, first)
 
