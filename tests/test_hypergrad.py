@@ -43,6 +43,13 @@ def test_value_and_gradient_are_exact(step):
     assert relative_error(info.solution.value, ridge_solution(THETA)) < 1e-12
 
 
+def test_what_is_printed_are_the_numbers():
+    _, _, info = JITTED(THETA, ZERO)
+    assert f"error_estimate={info.error_estimate!r}" in repr(info)
+    stats = info.solution.stats
+    assert f"num_steps={stats.num_steps!r}" in repr(stats)
+
+
 def test_it_is_the_gradient_of_minimize():
     def loss(theta):
         return outer_loss(dl.minimize(ridge, ZERO, theta).value, theta)

@@ -63,6 +63,10 @@ class HypergradInfo(eqx.Module):
     min_curvature: Float[Array, "*batch"]
     max_curvature: Float[Array, "*batch"]
 
+    def __repr__(self) -> str:
+        brief = eqx.tree_at(lambda info: (info.solution, info.state), self, (..., ...))
+        return eqx.tree_pformat(brief, short_arrays=False)
+
 
 @no_type_check
 def value_and_hypergrad(

@@ -65,6 +65,9 @@ class Stats(eqx.Module):
     grad_norm: Float[Array, "*batch"]
     reference_grad_norm: Float[Array, "*batch"]
 
+    def __repr__(self) -> str:
+        return eqx.tree_pformat(self, short_arrays=False)
+
 
 class Outcome(eqx.Module):
     """Where a solve stopped, in the terms of the interior."""
