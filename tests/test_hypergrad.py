@@ -389,6 +389,11 @@ def test_a_loop_without_jit_compiles_once():
             "outer must return a scalar",
         ),
         (
+            lambda: dl.value_and_hypergrad(lambda w, t: (jnp.sum(w), w), ridge)(THETA, ZERO),
+            TypeError,
+            "Return the scalar alone",
+        ),
+        (
             lambda: dl.value_and_hypergrad(outer_loss, lambda w, t: None)(THETA, ZERO),
             TypeError,
             "inner must return a real scalar",

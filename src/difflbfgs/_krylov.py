@@ -57,7 +57,23 @@ def _largest_eigenpair(a, b, d):
     return (a + d) / 2 + radius, (s / length, c / length)
 
 
-class ConjugateGradient(lx.AbstractLinearSolver):
+class SymmetricSolver(lx.AbstractLinearSolver):
+    """What solvers for real symmetric operators have in common."""
+
+    def transpose(self, state, options):
+        """Return the state of the transpose, which is the same operator."""
+        return state, options
+
+    def conj(self, state, options):
+        """Return the state of the conjugate, which is the same operator."""
+        return state, options
+
+    def assume_full_rank(self):
+        """Return `True`: Lineax is not asked to differentiate by the operator."""
+        return True
+
+
+class ConjugateGradient(SymmetricSolver):
     """Conjugate gradients that watch the curvature `pᵀHp`.
 
     It differs from `lineax.CG` in that it stops on the 2-norm of the residual and nothing else,
@@ -125,15 +141,3 @@ class ConjugateGradient(lx.AbstractLinearSolver):
         solved = _vector.norm(r) <= target
         result = lx.RESULTS.where(solved, lx.RESULTS.successful, lx.RESULTS.max_steps_reached)
         return u, result, {"num_steps": step, "min_curvature": low, "max_curvature": high}
-
-    def transpose(self, state, options):
-        """Return the state of the transpose, which is the same operator."""
-        return state, options
-
-    def conj(self, state, options):
-        """Return the state of the conjugate, which is the same operator."""
-        return state, options
-
-    def assume_full_rank(self):
-        """Return `True`, as `lineax.CG` does."""
-        return True

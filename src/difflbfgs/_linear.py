@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from difflbfgs import _vector
-from difflbfgs._krylov import ConjugateGradient
+from difflbfgs._krylov import ConjugateGradient, SymmetricSolver
 from difflbfgs._solution import RESULTS, count
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 
@@ -48,7 +48,7 @@ class Accuracy(eqx.Module):
     accepted: Any
 
 
-class Dense(lx.AbstractLinearSolver):
+class Dense(SymmetricSolver):
     """Cholesky factorisation of the assembled matrix, once for all right-hand sides.
 
     Where it breaks down or meets a pivot at rounding level, an eigendecomposition takes over: it
@@ -99,18 +99,6 @@ class Dense(lx.AbstractLinearSolver):
         solution = jnp.where(sound, with_factor, with_spectrum)
         stats = {"num_steps": count(flat.size), "min_curvature": low, "max_curvature": high}
         return unravel(solution), lx.RESULTS.successful, stats
-
-    def transpose(self, state, options):
-        """Return the state of the transpose, which is the same matrix."""
-        return state, options
-
-    def conj(self, state, options):
-        """Return the state of the conjugate, which is the same matrix."""
-        return state, options
-
-    def assume_full_rank(self):
-        """Return `True`: the adjoint's right-hand sides are not differentiated through here."""
-        return True
 
 
 class System(eqx.Module):

@@ -200,9 +200,14 @@ def make_preconditioner(
 def _split(name, out, has_aux):
     if not has_aux:
         if isinstance(out, tuple | list):
+            remedy = (
+                "If the second is an auxiliary output, pass has_aux=True."
+                if name == "fun"
+                else "Return the scalar alone: there is no has_aux here."
+            )
             raise TypeError(
                 f"{name} must return a real scalar and returned a {type(out).__name__} of "
-                f"{len(out)} elements. If the second is an auxiliary output, pass has_aux=True."
+                f"{len(out)} elements. {remedy}"
             )
         return out, None
     if isinstance(out, tuple) and len(out) == 2:
