@@ -47,7 +47,7 @@ def digits(train: int, valid: int, dtype: Any):
     return X[:train], y[:train], X[train : train + valid], y[train : train + valid]
 
 
-def cross_entropies(logits: jax.Array, labels: np.ndarray) -> jax.Array:
+def cross_entropies(logits: jax.Array, labels: Any) -> jax.Array:
     """Return the cross-entropy of each sample."""
     return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels]
 

@@ -1,9 +1,33 @@
 """Settings that all tests share: float64 on, so that errors show."""
 
+import os
+
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+if jax.__version__.startswith("0.10."):
+    # Nearly all of the suite's time is XLA's; this code generator, gone since, is twice as slow.
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    )
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=100, help="draws of each generated test")
+
+
+def pytest_configure(config):
+    hypothesis.settings.register_profile(
+        "draws",
+        max_examples=config.getoption("--fuzz"),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.settings.load_profile("draws")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -106,6 +106,23 @@ def test_scaling_the_objective_changes_nothing(polish):
         assert relative_error(sol.value, reference.value) < (1e-6 if polish == 0 else 1e-12)
 
 
+def test_scaling_the_variables_changes_the_path_only_at_its_end():
+    def fun(x, size):
+        return rosenbrock(x / size, None)
+
+    solve = jax.jit(
+        lambda size: dl.minimize(fun, jnp.asarray([-1.2, 1.0]) * size, size, throw=False)
+    )
+    reference = solve(1.0)
+    for size in (1e-6, 1e-3, 1e3, 1e6):
+        sol = solve(size)
+        assert sol.result == dl.RESULTS.successful
+        assert relative_error(sol.value / size, jnp.ones(2)) < 1e-10
+        # The length in the gradient test is at most 1: larger variables are asked for more.
+        longer = sol.stats.num_fun_evals - reference.stats.num_fun_evals
+        assert abs(longer) <= 2 if size < 1 else 0 <= longer + 2 <= 8
+
+
 def test_a_far_start_does_not_loosen_the_test():
     def fun(x, theta):
         return 0.5 * jnp.sum(jnp.asarray([1.0, 3.0, 10.0]) * (x - theta) ** 2)
@@ -164,7 +181,50 @@ def test_a_lane_costs_under_vmap_what_it_costs_alone():
     assert int(one_lane[0]) == alone[0]
 
 
-def test_a_finished_lane_does_not_set_the_pace():
+@pytest.fixture(params=["in turn", "at once"])
+def batching(request, monkeypatch):
+    """Run the test with the lanes in turn, as on a CPU, and at once, as on an accelerator."""
+    if request.param == "at once":
+        monkeypatch.setattr(
+            jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
+        )
+    return request.param
+
+
+def test_lanes_evaluate_as_often_as_they_say(batching):
+    calls = []
+
+    def fun(x, theta):
+        jax.debug.callback(lambda _: calls.append(1), x[0])
+        return jnp.sum(jnp.cosh(theta * (x - 1))) + rosenbrock(x, None)
+
+    thetas = jnp.asarray([0.3, 1.0, 3.0, 6.0])
+
+    def counts(theta):
+        return dl.minimize(fun, jnp.zeros(2), theta).stats.num_fun_evals
+
+    said = jax.jit(jax.vmap(counts))(thetas)
+    jax.effects_barrier()
+    if batching == "in turn":
+        assert len(calls) == int(jnp.sum(said))
+    else:
+        assert len(calls) > int(jnp.sum(said))  # the test sees what it is to see
+
+
+def test_lanes_agree_however_they_run(batching):
+    thetas = jnp.stack([THETA, 3 * THETA, THETA - 2])
+
+    def loss(theta):
+        return jnp.sum(jnp.sin(dl.minimize(ridge, jnp.zeros(5), theta).value))
+
+    found = jax.jit(jax.vmap(jax.grad(loss)))(thetas)
+    nested = jax.jit(jax.vmap(jax.vmap(jax.grad(loss))))(thetas[None])[0]
+    alone = jnp.stack([jax.grad(loss)(theta) for theta in thetas])
+    assert relative_error(found, alone) < 1e-12
+    assert relative_error(nested, alone) < 1e-12
+
+
+def test_a_finished_lane_does_not_set_the_pace(batching):
     """A lane that starts at NaN would make every line search of the batch run to its limit."""
     trips = []
 

@@ -19,6 +19,7 @@ from difflbfgs._checks import (
     check_positive_integer,
     no_type_check,
 )
+from difflbfgs._lanes import lane_by_lane
 from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._minimize import make_solution, make_task
 from difflbfgs._problem import Problem, make_problem, make_variables, split_theta
@@ -191,8 +192,11 @@ def _compiled(task: Task, start: Vector | None, problems: list[Problem]) -> Cert
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiable_once(static, params, arrays) -> Certified:
-    (task, start), (inner, outer) = _rule.merge(static, params, arrays)
-    return certified(task, inner, outer, start)
+    def solve(params, arrays):
+        (task, start), (inner, outer) = _rule.merge(static, params, arrays)
+        return certified(task, inner, outer, start)
+
+    return lane_by_lane(solve)(params, arrays)
 
 
 @_differentiable_once.defjvp

@@ -43,6 +43,11 @@ class LBFGS(eqx.Module):
     start does not loosen the test and a start next to the minimum does not put it out of reach.
     A warm start keeps the reference of the solve that it continues.
 
+    Multiplying the objective by a constant changes nothing but roundings. So does multiplying the
+    variables and their start by a constant below 1; one above 1 lengthens the path a little, to a
+    gradient smaller by that constant again, as `l` is at most 1. In float32 that may be out of
+    reach from 1e4 on, and the solve ends in `line_search_failed`: choose larger units.
+
     A step costs one or a few evaluations of the objective with its gradient and about
     `4 · memory_size · n` multiplications; memory is about `2 · memory_size + 15` vectors.
 
@@ -144,10 +149,11 @@ def begin(
     sound = _vector.where(finite, (x, g, pair), _vector.zeros_like((x, g, pair)))
     memory = _curvature.moved(memory, *sound)
     nothing = jnp.asarray(False)
+    at_limit = _stopping.at_noise_level(f, grad_norm, jnp.full_like(f, jnp.inf), scale)
     done, result = _stopping.ending(
         successful=_stopping.passes(grad_norm, solver.atol, solver.rtol, reference, scale.local),
         unbounded=nothing,
-        noise=_stopping.at_noise_level(f, grad_norm, jnp.full_like(f, jnp.inf), scale),
+        noise=nothing if warm is None else at_limit,  # of a cold start the scales are not known
         stuck=nothing,
         nonfinite_start=~finite,
     )
@@ -220,7 +226,7 @@ def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> 
     done, result = _stopping.ending(
         successful=_stopping.passes(grad_norm, solver.atol, solver.rtol, reference, scale.local),
         unbounded=(trial.f == -jnp.inf) | patience.unbounded(),
-        noise=_stopping.at_noise_level(f, grad_norm, jnp.where(waiting, jnp.inf, predicted), scale),
+        noise=~waiting & _stopping.at_noise_level(f, grad_norm, predicted, scale),
         stuck=~waiting & (accepted | now.fresh),
         nonfinite_start=jnp.asarray(False),
     )

@@ -21,6 +21,7 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
 from difflbfgs import _curvature, _solve, _vector
+from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import Report, System
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem
@@ -57,19 +58,29 @@ class Task(eqx.Module):
         If the forward or the adjoint solve failed, this raises or multiplies `u` by NaN. (Selecting
         a NaN instead would have a derivative of zero.) A `v` of zero has the solution zero always.
         """
-        _, hvp = jax.linearize(problem.gradient, outcome.x)
+        arrays, rest = eqx.partition((self, problem, outcome), eqx.is_array)
 
-        def matvec(p):
-            return _vector.add_scaled(hvp(p), self.adjoint.ridge, p)
-
-        def solve(matvec, b):
-            system = self.system(SymmetricOperator.of(matvec, b), outcome)
-            u, report = self.solve_system(system, outcome, b)
-            spoilt = (report.result != RESULTS.successful) | ~self.trusts(outcome)
+        def solve_alone(arrays, b):
+            task, problem, outcome = eqx.combine(arrays, rest)
+            _, hvp = jax.linearize(problem.gradient, outcome.x)
+            operator = SymmetricOperator.of(task.ridged(hvp), b)
+            u, report = task.solve_system(task.system(operator, outcome), outcome, b)
+            spoilt = (report.result != RESULTS.successful) | ~task.trusts(outcome)
             factor = jnp.where(spoilt & ~_vector.is_zero(b), jnp.nan, 1)
             return _vector.scale(factor, u), report
 
+        def solve(_, b):
+            return lane_by_lane(solve_alone)(arrays, b)
+
+        def hvp(p):
+            return jax.jvp(problem.gradient, (outcome.x,), (p,))[1]
+
+        matvec = self.ridged(hvp)  # for the derivatives of this solve
         return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
+
+    def ridged(self, hvp: Callable[[Vector], Vector]) -> Callable[[Vector], Vector]:
+        """Return the Hessian-vector product with the ridge that the adjoint adds."""
+        return lambda p: _vector.add_scaled(hvp(p), self.adjoint.ridge, p)
 
     def system(self, operator: SymmetricOperator, outcome: Outcome) -> System:
         """Return `H u = v`, preconditioned and ready to be solved."""
@@ -102,8 +113,11 @@ class Task(eqx.Module):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def forward(static, params, arrays) -> Outcome:
-    task, problem = merge(static, params, arrays)
-    return task.solve(problem)
+    def solve(params, arrays):
+        task, problem = merge(static, params, arrays)
+        return task.solve(problem)
+
+    return lane_by_lane(solve)(params, arrays)
 
 
 @forward.defjvp

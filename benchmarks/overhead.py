@@ -1,0 +1,129 @@
+"""What does a step cost beyond the objective? Loop and update of each L-BFGS, n = 10 to 1e6.
+
+    python benchmarks/overhead.py [--quick] [--results file.json]
+
+The objective is a chained quartic, cheap for its size, so that what the solver adds is seen. All
+solvers run as one compiled program for a fixed number of steps from the same start, memory 10, in
+float64. The table has seconds per step over the seconds of one evaluation of value and gradient
+alone: 1 would be a solver that costs nothing and evaluates once a step. Optimistix counts trials as
+steps, the others search a line in one. Medians of interleaved repetitions.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import jaxopt
+import numpy as np
+import optax
+import optimistix as optx
+
+import difflbfgs as dl
+
+jax.config.update("jax_enable_x64", True)
+STEPS = 30
+
+
+def objective(x, _=None):
+    """Return `Σ (x_i - 1)² + (x_{i+1} - x_i)⁴`, well conditioned and never quite solved."""
+    return jnp.sum((x - 1) ** 2) + jnp.sum((x[1:] - x[:-1]) ** 4)
+
+
+def ours(x0):
+    """Return how many steps a solve took."""
+    solver = dl.LBFGS(rtol=0.0, polish=0)
+    return dl.minimize(objective, x0, solver=solver, max_steps=STEPS, throw=False).stats.num_steps
+
+
+def optax_loop(x0):
+    """Return how many updates were made."""
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def step(carry):
+        x, state, count = carry
+        f, g = value_and_grad(x, state=state)
+        updates, state = solver.update(g, state, x, value=f, grad=g, value_fn=objective)
+        return optax.apply_updates(x, updates), state, count + 1
+
+    def unfinished(carry):
+        norm = jnp.linalg.norm(carry[1][-1].grad)
+        return (carry[2] == 0) | ((norm > 0) & (carry[2] < STEPS))
+
+    start = (x0, solver.init(x0), jnp.asarray(0))
+    _, _, count = jax.lax.while_loop(unfinished, step, start)
+    return count
+
+
+def jaxopt_lbfgs(x0):
+    """Return how many iterations a run took."""
+    solver = jaxopt.LBFGS(objective, tol=0.0, maxiter=STEPS, implicit_diff=False)
+    return solver.run(x0).state.iter_num
+
+
+def optimistix_lbfgs(x0):
+    """Return how many trials a run took."""
+    solver = optx.LBFGS(0.0, 0.0)
+    solution = optx.minimise(objective, solver, x0, max_steps=STEPS, throw=False)
+    return solution.stats["num_steps"]
+
+
+SOLVERS = {
+    "difflbfgs": ours,
+    "Optax loop": optax_loop,
+    "JAXopt": jaxopt_lbfgs,
+    "Optimistix": optimistix_lbfgs,
+}
+
+
+def evaluations_alone(x0):
+    """Return the seconds that one evaluation of value and gradient takes inside a loop."""
+
+    @jax.jit
+    def many(x):
+        def evaluate(_, carry):
+            x, total = carry
+            f, g = jax.value_and_grad(objective)(x)
+            return x - 1e-9 * g, total + f
+
+        return jax.lax.fori_loop(0, STEPS, evaluate, (x, 0.0))
+
+    return many.lower(x0).compile(), STEPS
+
+
+def main():
+    """Print the table, save the numbers, assert the claim."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two sizes, for tests")
+    parser.add_argument("--results", type=pathlib.Path, help="where to save every number")
+    options = parser.parse_args()
+    rows = []
+    print(f"{'n':>8s} {'µs alone':>9s} " + " ".join(f"{name:>11s}" for name in SOLVERS))
+    for n in (10, 1000) if options.quick else (10, 100, 1000, 10_000, 100_000, 1_000_000):
+        x0 = jnp.asarray(np.random.default_rng(0).normal(size=n))
+        alone, count = evaluations_alone(x0)
+        runs = {"alone": (alone, count)}
+        for name, solve in SOLVERS.items():
+            program = jax.jit(solve).lower(x0).compile()
+            runs[name] = (program, int(program(x0)))
+        seconds = {name: [] for name in runs}
+        for _ in range(5 if n >= 100_000 else 25):
+            for name, (program, count) in runs.items():
+                begin = time.perf_counter()
+                jax.block_until_ready(program(x0))
+                seconds[name].append((time.perf_counter() - begin) / count)
+        medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+        ratios = {name: medians[name] / medians["alone"] for name in SOLVERS}
+        rows.append({"n": n, "seconds alone": medians["alone"], **ratios})
+        cells = " ".join(f"{ratio:11.1f}" for ratio in ratios.values())
+        print(f"{n:8d} {1e6 * medians['alone']:9.1f} {cells}", flush=True)
+    if options.results:
+        options.results.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Generated objectives: each solve ends, says truly how, and returns no point worse than its start.
+
+An objective is a sum of terms `c · Σ φ(a (Mx - b))` with φ drawn from functions that bend, kink,
+jump, flatten out, fall without limit or are not defined everywhere. All of them are one compiled
+program, told at run time what to be. The draws are the same in every run; `pytest --fuzz 100000`
+takes more of them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import difflbfgs as dl
+
+N, TERMS, MAX_STEPS = 4, 3, 300
+
+SHAPES = {
+    "square": jnp.square,
+    "quartic": lambda z: z**4,
+    "saddle": lambda z: z**4 - z**2,
+    "cosine": jnp.cos,
+    "softplus": jax.nn.softplus,
+    "plateau": jnp.tanh,
+    "bump": lambda z: -jnp.exp(-(z**2)),
+    "cauchy": lambda z: jnp.log1p(z**2),
+    "exponential": jnp.exp,
+    "line": lambda z: z,
+    "logarithm": jnp.log,  # not a number below 0
+    "barrier": lambda z: -jnp.log(1 - z**2),
+    "pole": lambda z: 1 / z**2,
+    "root": lambda z: jnp.sqrt(jnp.abs(z)),  # an infinite gradient at 0
+    "modulus": jnp.abs,
+    "ramp": lambda z: jnp.maximum(z, 0),
+    "cliff": lambda z: z**2 + 10 * (z > 1),
+    "stairs": jnp.floor,
+    "ripple": lambda z: z**2 + 1e-3 * jnp.sin(1e3 * z),
+    "nothing": jnp.zeros_like,
+}
+
+
+def objective(x, theta):
+    """Return the sum of the terms that `theta` describes."""
+
+    def term(total, part):
+        M, b = part["M"].astype(x.dtype), part["b"].astype(x.dtype)
+        z = part["stretch"].astype(x.dtype) * (M @ x - b)
+        shaped = jax.lax.switch(part["shape"], list(SHAPES.values()), z)
+        return total + part["weight"].astype(x.dtype) * jnp.sum(shaped), None
+
+    return jax.lax.scan(term, jnp.zeros((), x.dtype), theta)[0]
+
+
+value_and_grad = jax.jit(jax.value_and_grad(objective))
+values = jax.jit(jax.vmap(objective, in_axes=(0, None)))
+hessian = jax.jit(jax.hessian(objective))
+
+
+def scales(exponent):
+    """Return a strategy for positive numbers between 10**-exponent and 10**exponent."""
+    return st.floats(-exponent, exponent).map(lambda e: 10.0**e)
+
+
+@st.composite
+def thetas(draw):
+    """Draw what the objective is to be."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    count = draw(st.integers(1, TERMS))
+    kinds = [draw(st.integers(0, len(SHAPES) - 1)) for _ in range(count)]
+    spread = draw(st.floats(0, 4))
+    M = rng.normal(size=(TERMS, N, N)) * np.logspace(0, -spread, N)
+    weights = [draw(scales(2)) for _ in range(count)]
+    overall = draw(st.one_of(st.just(1.0), scales(12)))
+    return {
+        "shape": np.array(kinds + [list(SHAPES).index("nothing")] * (TERMS - count)),
+        "weight": overall * np.array(weights + [0.0] * (TERMS - count)),
+        "stretch": np.full(TERMS, draw(st.one_of(st.just(1.0), scales(6)))),
+        "M": M,
+        "b": rng.normal(size=(TERMS, N)) * draw(st.sampled_from([0.0, 1.0, 100.0])),
+    }
+
+
+starts = st.one_of(
+    st.lists(st.floats(-3, 3), min_size=N, max_size=N),
+    st.lists(st.floats(-1e6, 1e6), min_size=N, max_size=N),
+    st.sampled_from([[0.0] * N, [1.0] * N, [np.nan] * N, [1e30] * N]),
+)
+
+
+@pytest.mark.parametrize("polish", [0, 1])
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@given(theta=thetas(), start=starts)
+def test_any_objective_ends_truly(theta, start, dtype, polish):
+    x0 = jnp.asarray(start, dtype)
+    sol = dl.minimize(
+        objective,
+        x0,
+        theta,
+        solver=dl.LBFGS(polish=polish),
+        max_steps=MAX_STEPS,
+        throw=False,
+    )
+    check(sol, x0, theta, dtype)
+
+
+KEYS = st.sampled_from(["value", "grad", "count", "", "0", "a/b", "learning_rate", "x0", "ß"])
+LEAVES = st.sampled_from(["vector", "matrix", "number", "float32", "half", "complex", "kept"])
+TREES = st.recursive(
+    LEAVES,
+    lambda trees: st.one_of(
+        st.lists(trees, max_size=2),
+        st.tuples(trees),
+        st.dictionaries(KEYS, trees, max_size=2),
+    ),
+    max_leaves=5,
+)
+
+
+def leaf(kind):
+    """Return a leaf of this kind."""
+    return {
+        "vector": np.ones(2),
+        "matrix": np.full((2, 1), 0.5),
+        "number": 1.5,
+        "float32": np.ones(1, np.float32),
+        "half": np.ones(2, jnp.bfloat16),
+        "complex": np.array([1 + 2j]),
+        "kept": "a string",
+    }[kind]
+
+
+def bowl(x, centre):
+    """Return `Σ |x - c|² + |x - c|⁴` over all leaves that are numbers."""
+    squares = [
+        jnp.abs(jnp.asarray(part) - centre).astype(jnp.float64) ** 2
+        for part in jax.tree.leaves(x)
+        if not isinstance(part, str)
+    ]
+    return sum((jnp.sum(square + square**2) for square in squares), jnp.zeros(()))
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_any_tree_comes_back_minimized(flatten):
+    @settings(max_examples=max(8, settings.default.max_examples // 20))
+    @given(TREES, st.floats(-3, 3))
+    def check_tree(kinds, centre):
+        x0 = jax.tree.map(leaf, kinds)
+        if all(isinstance(part, str) for part in jax.tree.leaves(x0)):
+            with pytest.raises(ValueError, match="x0"):
+                dl.minimize(bowl, x0, centre, solver=dl.LBFGS(flatten=flatten))
+            return
+        sol = dl.minimize(bowl, x0, centre, solver=dl.LBFGS(flatten=flatten))
+        assert jax.tree.structure(sol.value) == jax.tree.structure(x0)
+        for before, after in zip(jax.tree.leaves(x0), jax.tree.leaves(sol.value), strict=True):
+            if isinstance(before, str):
+                assert after == before
+                continue
+            before = jnp.asarray(before)
+            assert (after.shape, after.dtype) == (before.shape, before.dtype)
+            eps = float(jnp.finfo(before.dtype).eps)
+            np.testing.assert_allclose(
+                np.asarray(after, complex),
+                centre,
+                rtol=0,
+                atol=4 * max(eps, 1e-7) * (1 + abs(centre)),
+            )
+
+    check_tree()
+
+
+def falls(x, g, theta, eps):
+    """Return whether the objective falls along `-g` by more than its rounding error.
+
+    As for a quadratic, that is eps times `|f| + ‖H‖ ‖x‖²`, the size that its terms may have. The
+    search goes no further than where the objective first rises: behind that is another valley.
+    """
+    curvature = np.linalg.norm(hessian(x, theta), 2)
+    down = (1 + np.linalg.norm(x)) / np.linalg.norm(g) * g
+    along = jnp.stack([x - (t * down).astype(x.dtype) for t in np.logspace(-16, 2, 181)])
+    f, found = float(objective(x, theta)), np.asarray(values(along, theta), np.float64)
+    error = 10 * eps * (abs(f) + curvature * (1 + np.linalg.norm(x)) ** 2)
+    rising = ~(found <= f + error)
+    valley = found[: np.argmax(rising)] if rising.any() else found
+    return valley.min(initial=np.inf) < f - 2 * error
+
+
+def check(sol, x0, theta, dtype):
+    """Assert that what the solution says of itself is so."""
+    eps = float(jnp.finfo(dtype).eps)
+    f0, g0 = (np.asarray(part, np.float64) for part in value_and_grad(x0, theta))
+    f, g = (np.asarray(part, np.float64) for part in value_and_grad(sol.value, theta))
+    grad_norm, reference = float(sol.stats.grad_norm), float(sol.stats.reference_grad_norm)
+    assert int(sol.stats.num_steps) <= MAX_STEPS
+    assert int(sol.stats.num_fun_evals) <= 21 * int(sol.stats.num_steps) + 10
+
+    defined = np.isfinite(x0).all() and np.isfinite(f0) and np.isfinite(g0).all()
+    assert (sol.result == dl.RESULTS.nonfinite_start) == (not defined)
+    if not defined:
+        np.testing.assert_array_equal(sol.value, x0)
+        return
+    assert np.isfinite(sol.value).all()
+    assert np.isfinite(g).all()
+    assert f <= f0 + 10 * eps * abs(f0)
+    if sol.result == dl.RESULTS.successful:
+        assert grad_norm <= np.sqrt(eps) * reference
+    elif sol.result == dl.RESULTS.precision_limit:
+        assert not falls(sol.value, g, theta, eps)
+    elif sol.result == dl.RESULTS.max_steps_reached:
+        assert int(sol.stats.num_steps) == MAX_STEPS
+    elif sol.result == dl.RESULTS.unbounded:
+        far = -(g0 / np.linalg.norm(g0) * 1e-3 * np.finfo(dtype).max).astype(dtype)
+        assert f < f0 or value_and_grad(far, theta)[0] < f0
+    else:
+        assert sol.result == dl.RESULTS.line_search_failed
+        assert grad_norm > np.sqrt(eps) * reference
