@@ -103,12 +103,14 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
 
     Both take the largest curvature for that of every variable. Where scales differ, the noise is
     overestimated by orders of magnitude; so this is asked of a solve that is stuck, and does not
-    end one that makes progress.
+    end one that makes progress. One that is stuck because squares of its gradient underflow has not
+    met this limit either.
     """
     eps = jnp.finfo(f.dtype).eps
     own = scale.local & (grad_norm <= rounding(scale.curvature * scale.size))
     hidden = predicted <= scale.noise(f)
-    return (own | hidden) & (grad_norm <= eps**0.25 * scale.reference())
+    squarable = grad_norm >= jnp.finfo(f.dtype).tiny ** 0.5
+    return (own | hidden) & squarable & (grad_norm <= eps**0.25 * scale.reference())
 
 
 class Patience(eqx.Module):

@@ -1,0 +1,207 @@
+"""Many small tasks at once: hypergradients per second against the number of tasks.
+
+    pip install -e ".[benchmarks]"
+    python benchmarks/tasks.py [--quick] [--results file.json] [--output tasks.png]
+
+The tasks are iMAML's: a network 1-40-40-1 is fitted to ten points of a sinusoid, with a proximal
+term to meta-parameters, and the loss on ten other points is differentiated by these. Each package
+solves all tasks under `jax.vmap` and one after the other in `jax.lax.map`, as one compiled program
+that returns the gradient of every task. Medians of interleaved runs. The error is that of the worst
+of the first eight tasks, relative to a dense reference at a minimizer polished by Newton's method;
+it says whether two rows may be compared. A contestant that takes over half a minute is not given
+more tasks.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import jaxopt
+import lineax as lx
+import matplotlib.pyplot as plt
+import numpy as np
+import optimistix as optx
+from jax.flatten_util import ravel_pytree
+
+import difflbfgs as dl
+
+jax.config.update("jax_enable_x64", True)
+PROXIMAL = 2.0
+CHECKED = 8
+SLOW = 30.0
+
+
+def initial():
+    """Return meta-parameters."""
+    rng = np.random.default_rng(0)
+    shapes = ((1, 40), (40,), (40, 40), (40,), (40, 1), (1,))
+    return [jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0])) for shape in shapes]
+
+
+META, RESTORE = ravel_pytree(initial())
+
+
+def network(w, x):
+    """Return the network's values at the points `x`."""
+    A, a, B, b, C, c = RESTORE(w)
+    return jnp.tanh(jnp.tanh(x @ A + a) @ B + b) @ C + c
+
+
+def inner(w, theta):
+    """Return the training loss of one task with its proximal term."""
+    meta, (x, y) = theta
+    return jnp.mean((network(w, x) - y) ** 2) + PROXIMAL / 2 * jnp.sum((w - meta) ** 2)
+
+
+def outer(w, query):
+    """Return the validation loss of one task."""
+    x, y = query
+    return jnp.mean((network(w, x) - y) ** 2)
+
+
+def tasks(count):
+    """Return training and validation points of so many sinusoids."""
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.uniform(-5, 5, (count, 20, 1)))
+    amplitude, phase = rng.uniform(0.1, 5, (count, 1, 1)), rng.uniform(0, np.pi, (count, 1, 1))
+    y = amplitude * jnp.sin(x + phase)
+    return (x[:, :10], y[:, :10]), (x[:, 10:], y[:, 10:])
+
+
+def ours(theta, rtol=None):
+    """Return the minimizer by `difflbfgs.minimize`."""
+    return dl.minimize(inner, META, theta, solver=dl.LBFGS(rtol=rtol), throw=False).value
+
+
+def by_jaxopt(theta, tol):
+    """Return the minimizer by `jaxopt.LBFGS`."""
+    return jaxopt.LBFGS(inner, tol=tol, maxiter=1000).run(META, theta).params
+
+
+def by_optimistix(theta, tol):
+    """Return the minimizer by `optimistix.LBFGS`, with conjugate gradients for the adjoint."""
+    positive = frozenset({lx.positive_semidefinite_tag})
+    adjoint = optx.ImplicitAdjoint(linear_solver=lx.CG(1e-8, 1e-8))
+    solver, options = optx.LBFGS(tol, tol), {"max_steps": 5000, "throw": False}
+    return optx.minimise(
+        inner, solver, META, theta, adjoint=adjoint, tags=positive, **options
+    ).value
+
+
+SOLVERS = {
+    "difflbfgs": ours,
+    "difflbfgs 1e-3": lambda theta: ours(theta, 1e-3),
+    "JAXopt 1e-3": lambda theta: by_jaxopt(theta, 1e-3),
+    "JAXopt 1e-6": lambda theta: by_jaxopt(theta, 1e-6),
+    "Optimistix 1e-4": lambda theta: by_optimistix(theta, 1e-4),
+    "Optimistix 1e-7": lambda theta: by_optimistix(theta, 1e-7),
+}
+
+
+def gradient(solve):
+    """Return the function from a task to the gradient of its validation loss by `META`."""
+
+    def loss(meta, task):
+        train, query = task
+        return outer(solve((meta, train)), query)
+
+    return lambda task: jax.grad(loss)(META, task)
+
+
+@jax.jit
+def reference(task):
+    """Return the same gradient, by a dense Hessian at a minimizer that Newton's method polished."""
+    train, query = task
+    theta = (META, train)
+    w = dl.minimize(inner, META, theta, max_steps=5000).value
+    for _ in range(2):
+        w = w - jnp.linalg.solve(jax.hessian(inner)(w, theta), jax.grad(inner)(w, theta))
+    return PROXIMAL * jnp.linalg.solve(jax.hessian(inner)(w, theta), jax.grad(outer)(w, query))
+
+
+def measure(sizes, repeats):
+    """Yield a row for every contestant and number of tasks."""
+    first = tasks(CHECKED)
+    exact = np.stack([reference(jax.tree.map(lambda a, i=i: a[i], first)) for i in range(CHECKED)])
+    slow = set()
+    for count in sizes:
+        given, programs = tasks(count), {}
+        for name, solve in SOLVERS.items():
+            run = gradient(solve)
+            for how, mapped in (
+                ("vmap", jax.vmap(run)),
+                ("map", lambda t, r=run: jax.lax.map(r, t)),
+            ):
+                if (name, how) not in slow:
+                    programs[name, how] = jax.jit(mapped).lower(given).compile()
+        errors = {}
+        for key, program in programs.items():
+            found = np.asarray(program(given))[:CHECKED]
+            distance = np.linalg.norm(found - exact[:count], axis=1)
+            errors[key] = float(np.max(distance / np.linalg.norm(exact[:count], axis=1)))
+        seconds = {key: [] for key in programs}
+        for _ in range(repeats):
+            for key, program in programs.items():
+                begin = time.perf_counter()
+                jax.block_until_ready(program(given))
+                seconds[key].append(time.perf_counter() - begin)
+        for key, taken in seconds.items():
+            median = statistics.median(taken)
+            slow |= {key} if median > SLOW else set()
+            yield {
+                "tasks": count,
+                "solver": key[0],
+                "how": key[1],
+                "seconds": median,
+                "error": errors[key],
+            }
+        jax.clear_caches()
+
+
+def draw(rows, path):
+    """Save tasks per second against tasks."""
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for k, name in enumerate(SOLVERS):
+        for how, style in (("vmap", "-o"), ("map", "--x")):
+            own = [row for row in rows if (row["solver"], row["how"]) == (name, how)]
+            axis.loglog(
+                [row["tasks"] for row in own],
+                [row["tasks"] / row["seconds"] for row in own],
+                style,
+                color=f"C{k}",
+                label=f"{name}, {how}",
+            )
+    axis.set(xlabel="tasks", ylabel="hypergradients per second")
+    axis.legend(fontsize=7, ncols=2)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    """Print the table, save numbers and picture, assert the claims."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="four tasks, for tests")
+    parser.add_argument("--results", type=pathlib.Path, help="where to save every number")
+    parser.add_argument("--output", type=pathlib.Path, help="where to save the picture")
+    options = parser.parse_args()
+    rows = []
+    for row in measure((4,) if options.quick else (1, 8, 32, 128, 512, 1024), 3):
+        rows.append(row)
+        print(
+            f"{row['tasks']:5d} {row['solver']:16s} {row['how']:4s} {row['seconds']:9.3f} s "
+            f"{row['tasks'] / row['seconds']:8.1f} /s  error {row['error']:.1e}",
+            flush=True,
+        )
+    if options.results:
+        options.results.write_text(json.dumps(rows, indent=1))
+    if options.output:
+        draw(rows, options.output)
+
+
+if __name__ == "__main__":
+    main()
