@@ -96,7 +96,7 @@ def evaluations_alone(x0):
 
 
 def main():
-    """Print the table, save the numbers, assert the claim."""
+    """Print the table and save the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two sizes, for tests")
     parser.add_argument("--results", type=pathlib.Path, help="where to save every number")

@@ -183,7 +183,7 @@ def draw(rows, path):
 
 
 def main():
-    """Print the table, save numbers and picture, assert the claims."""
+    """Print the table, save numbers and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="four tasks, for tests")
     parser.add_argument("--results", type=pathlib.Path, help="where to save every number")
