@@ -83,7 +83,8 @@ def scipy_lbfgsb(fun: Callable, x0: jax.Array, tolerance: float) -> Run:
         callback=watch,
         options={"maxiter": MAX_STEPS, "maxfun": MAX_EVALUATIONS, "ftol": 0, "gtol": 0},
     )
-    claim = "success" if found.success or found.status == 99 else "failure"
+    stopped_by_watch = 99
+    claim = "success" if found.success or found.status == stopped_by_watch else "failure"
     return Run(found.x, claim, found.nfev, values)
 
 
@@ -143,7 +144,9 @@ def optimistix_lbfgs(fun: Callable, x0: jax.Array, tolerance: float) -> list[Run
     solver = optx.LBFGS(1.0, 1.0)
     x, state = x0, solver.init(objective, x0, None, {}, f_struct, None, frozenset())
     values, runs = [], []
-    nominal, digits = (1e-6, range(-2, 8)) if x0.dtype == jnp.float64 else (1e-3, range(-2, 5))
+    nominal, digits = (
+        (1e-6, range(-NOMINAL, 8)) if x0.dtype == jnp.float64 else (1e-3, range(-NOMINAL, 5))
+    )
     rtols = (jnp.asarray(nominal * 10.0**-digit, x0.dtype) for digit in digits)
     rtol = next(rtols)
     for evaluation in itertools.count(1):

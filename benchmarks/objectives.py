@@ -76,14 +76,12 @@ def _cutest_package():
     spec = importlib.util.find_spec("sif2jax")
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError("CUTEst's problems come with the package sif2jax. Install it.")
-    name, folder = spec.name, spec.submodule_search_locations[0]
-    for child in (None, "cutest", "_unconstrained_minimisation"):
-        if child is not None:
-            name, folder = f"{name}.{child}", f"{folder}/{child}"
-        package = types.ModuleType(name)
-        package.__path__ = [folder]
-        sys.modules[name] = package
-    return name
+    folder, parts = spec.submodule_search_locations[0], ("cutest", "_unconstrained_minimisation")
+    for depth in range(len(parts) + 1):
+        package = types.ModuleType(".".join((spec.name, *parts[:depth])))
+        package.__path__ = ["/".join((folder, *parts[:depth]))]
+        sys.modules[package.__name__] = package
+    return ".".join((spec.name, *parts))
 
 
 def _cast(leaf, dtype):

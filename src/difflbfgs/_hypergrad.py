@@ -192,11 +192,8 @@ def _compiled(task: Task, start: Vector | None, problems: list[Problem]) -> Cert
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiable_once(static, params, arrays) -> Certified:
-    def solve(params, arrays):
-        (task, start), (inner, outer) = _rule.merge(static, params, arrays)
-        return certified(task, inner, outer, start)
-
-    return lane_by_lane(solve)(params, arrays)
+    (task, start), (inner, outer) = _rule.merge(static, params, arrays)
+    return lane_by_lane(certified)(task, inner, outer, start)
 
 
 @_differentiable_once.defjvp

@@ -16,28 +16,33 @@ _T = TypeVar("_T")
 
 
 def lane_by_lane(fun: Callable[..., _T]) -> Callable[..., _T]:
-    """Return `fun` of PyTrees of arrays, whose lanes under `jax.vmap` run in turn on a CPU.
+    """Return `fun` of any PyTrees, whose lanes under `jax.vmap` run in turn on a CPU.
 
-    The result cannot be differentiated: to be used inside a custom rule.
+    It returns arrays. The result cannot be differentiated: to be used inside a custom rule.
     """
 
-    @jax.custom_batching.custom_vmap
-    def call(args):
-        return fun(*args)
+    def wrapped(*args):
+        arrays, rest = eqx.partition(args, eqx.is_array)
 
-    @call.def_vmap
-    def in_lanes(axis_size, is_batched, args):
-        del axis_size
-        batched, shared = eqx.partition(args, is_batched[0])
+        @jax.custom_batching.custom_vmap
+        def call(arrays):
+            return fun(*eqx.combine(arrays, rest))
 
-        def in_turn(batched, shared):
-            # A further `vmap` around meets `call` again.
-            return jax.lax.map(lambda lane: call(eqx.combine(lane, shared)), batched)
+        @call.def_vmap
+        def in_lanes(axis_size, is_batched, arrays):
+            del axis_size
+            batched, shared = eqx.partition(arrays, is_batched[0])
 
-        def at_once(batched, shared):
-            return jax.vmap(lambda lane: fun(*eqx.combine(lane, shared)))(batched)
+            def in_turn(batched, shared):
+                # A further `vmap` around meets `call` again.
+                return jax.lax.map(lambda lane: call(eqx.combine(lane, shared)), batched)
 
-        found: Any = jax.lax.platform_dependent(batched, shared, cpu=in_turn, default=at_once)
-        return found, jax.tree.map(lambda _: True, found)
+            def at_once(batched, shared):
+                return jax.vmap(lambda lane: fun(*eqx.combine(lane, shared, rest)))(batched)
 
-    return lambda *args: call(args)
+            found: Any = jax.lax.platform_dependent(batched, shared, cpu=in_turn, default=at_once)
+            return found, jax.tree.map(lambda _: True, found)
+
+        return call(arrays)
+
+    return wrapped

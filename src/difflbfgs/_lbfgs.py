@@ -149,11 +149,13 @@ def begin(
     sound = _vector.where(finite, (x, g, pair), _vector.zeros_like((x, g, pair)))
     memory = _curvature.moved(memory, *sound)
     nothing = jnp.asarray(False)
-    at_limit = _stopping.at_noise_level(f, grad_norm, jnp.full_like(f, jnp.inf), scale)
+    at_limit = nothing  # of a cold start the scales are not known
+    if warm is not None:
+        at_limit = _stopping.at_noise_level(f, grad_norm, jnp.full_like(f, jnp.inf), scale)
     done, result = _stopping.ending(
         successful=_stopping.passes(grad_norm, solver.atol, solver.rtol, reference, scale.local),
         unbounded=nothing,
-        noise=nothing if warm is None else at_limit,  # of a cold start the scales are not known
+        noise=at_limit,
         stuck=nothing,
         nonfinite_start=~finite,
     )

@@ -58,25 +58,23 @@ class Task(eqx.Module):
         If the forward or the adjoint solve failed, this raises or multiplies `u` by NaN. (Selecting
         a NaN instead would have a derivative of zero.) A `v` of zero has the solution zero always.
         """
-        arrays, rest = eqx.partition((self, problem, outcome), eqx.is_array)
-
-        def solve_alone(arrays, b):
-            task, problem, outcome = eqx.combine(arrays, rest)
-            _, hvp = jax.linearize(problem.gradient, outcome.x)
-            operator = SymmetricOperator.of(task.ridged(hvp), b)
-            u, report = task.solve_system(task.system(operator, outcome), outcome, b)
-            spoilt = (report.result != RESULTS.successful) | ~task.trusts(outcome)
-            factor = jnp.where(spoilt & ~_vector.is_zero(b), jnp.nan, 1)
-            return _vector.scale(factor, u), report
-
-        def solve(_, b):
-            return lane_by_lane(solve_alone)(arrays, b)
 
         def hvp(p):
             return jax.jvp(problem.gradient, (outcome.x,), (p,))[1]
 
+        def solve(_, b):
+            return lane_by_lane(Task._solve_adjoint_alone)(self, problem, outcome, b)
+
         matvec = self.ridged(hvp)  # for the derivatives of this solve
         return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
+
+    def _solve_adjoint_alone(self, problem: Problem, outcome: Outcome, v: Vector):
+        _, hvp = jax.linearize(problem.gradient, outcome.x)
+        operator = SymmetricOperator.of(self.ridged(hvp), v)
+        u, report = self.solve_system(self.system(operator, outcome), outcome, v)
+        spoilt = (report.result != RESULTS.successful) | ~self.trusts(outcome)
+        factor = jnp.where(spoilt & ~_vector.is_zero(v), jnp.nan, 1)
+        return _vector.scale(factor, u), report
 
     def ridged(self, hvp: Callable[[Vector], Vector]) -> Callable[[Vector], Vector]:
         """Return the Hessian-vector product with the ridge that the adjoint adds."""
@@ -113,11 +111,8 @@ class Task(eqx.Module):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def forward(static, params, arrays) -> Outcome:
-    def solve(params, arrays):
-        task, problem = merge(static, params, arrays)
-        return task.solve(problem)
-
-    return lane_by_lane(solve)(params, arrays)
+    task, problem = merge(static, params, arrays)
+    return lane_by_lane(Task.solve)(task, problem)
 
 
 @forward.defjvp
