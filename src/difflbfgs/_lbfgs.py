@@ -27,7 +27,7 @@ from difflbfgs._curvature import Pair
 from difflbfgs._problem import Problem
 from difflbfgs._solution import count
 from difflbfgs._stopping import Patience, Scale
-from difflbfgs._trial import Trial
+from difflbfgs._trial import Point, Trial
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 from difflbfgs._watch import Step, watch
 
@@ -123,12 +123,13 @@ class Progress(eqx.Module):
 
 
 def begin(
-    solver: LBFGS, x: Vector, f: Scalar, g: Vector, pair: Pair, warm: WarmStart | None
+    solver: LBFGS, at: Point, pair: Pair, warm: WarmStart | None, num_fun_evals: Count
 ) -> Progress:
     """Return the progress before the first step, the memory holding `pair` or what `warm` holds.
 
     `pair` makes the first step as long as the curvature says, whatever the scale of the objective.
     """
+    x, f, g = at.x, at.f, at.g
     curvature = pair.curvature() if warm is None else warm.curvature
     pair = pair if warm is None else _curvature.newest(warm.memory, warm.x, warm.g)
     x_norm, grad_norm = _vector.norm(x), _vector.norm(g)
@@ -174,7 +175,7 @@ def begin(
         done=done,
         result=result,
         num_steps=count(0),
-        num_fun_evals=count(0),
+        num_fun_evals=num_fun_evals,
     )
 
 
@@ -187,25 +188,33 @@ def search(
     fixed_reference: bool,
 ) -> Progress:
     """Take steps until the solve is over."""
-    engine = solver.engine(_vector.epsilon(start.x))
 
     def unfinished(now: Progress):
         return ~now.done & (now.num_steps < max_steps)
 
     def advance(now: Progress):
-        trial = _trial.propose(problem, engine, now.engine, now.x, now.f, now.g, now.done)
-        after = _judge(trial, now, start.x, engine, solver, fixed_reference)
+        after, step_size = take_step(problem, now, start.x, solver, fixed_reference)
         record = Step(
             num_steps=after.num_steps,
             num_fun_evals=after.num_fun_evals,
             objective=after.f,
             grad_norm=_vector.norm(after.g),
-            step_size=jnp.where(after.fresh, 0, trial.step_size),
+            step_size=step_size,
         )
         watch(callback, record)
         return after
 
     return jax.lax.while_loop(unfinished, advance, start)
+
+
+def take_step(
+    problem: Problem, now: Progress, x0: Vector, solver: LBFGS, fixed_reference: bool
+) -> tuple[Progress, Scalar]:
+    """Take one step of a solve that began at `x0`; also return its size, 0 if it was rejected."""
+    engine = solver.engine(_vector.epsilon(now.x))
+    trial = _trial.propose(problem, engine, now.engine, now.x, now.f, now.g, now.done)
+    after = _judge(trial, now, x0, engine, solver, fixed_reference)
+    return after, jnp.where(after.fresh, 0, trial.step_size)
 
 
 def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> Progress:

@@ -25,7 +25,7 @@ from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import Report, System
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem
-from difflbfgs._solution import RESULTS, Outcome, has_converged
+from difflbfgs._solution import RESULTS, Outcome, has_converged, raised
 from difflbfgs._vector import Flag, Scalar, Vector
 
 
@@ -96,7 +96,7 @@ class Task(eqx.Module):
         u, report = self.adjoint.solve(system, v, achieved, start)
         if self.throw:
             failed = (report.result != RESULTS.successful) & ~_vector.is_zero(v)
-            u = report.result.error_if(u, failed)
+            u = raised(u, failed, report.result)
         return u, report
 
     def _preconditioner(self, outcome):

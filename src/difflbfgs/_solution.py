@@ -1,11 +1,14 @@
 """What a solve returns, and every way in which it can end."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Bool, Float, Int, PyTree
+
+_T = TypeVar("_T")
 
 _OptimistixResults: Any = optimistix.RESULTS
 
@@ -80,7 +83,7 @@ class Outcome(eqx.Module):
 
     def raised(self) -> "Outcome":
         """Return the outcome, whose use raises unless the solve converged."""
-        return self.result.error_if(self, ~has_converged(self.result))
+        return raised(self, ~has_converged(self.result), self.result)
 
 
 class Solution(eqx.Module):
@@ -111,6 +114,41 @@ class Solution(eqx.Module):
 def has_converged(result: Any) -> Bool[Array, "*batch"]:
     """Return whether `result` is one of the two members that count as converged."""
     return (result == RESULTS.successful) | (result == RESULTS.precision_limit)
+
+
+def raised(tree: _T, failed: Bool[Array, ""], result: Any) -> _T:
+    """Return `tree`, whose use raises where `failed`, with the message of `result`.
+
+    Equinox calls Python on the first device only. Of several that work on one solve, the others
+    would wait for ever for what it found, so there every device calls Python.
+    """
+    if jax.device_count() == 1:
+        return result.error_if(tree, failed)
+    _raise_everywhere(failed, result)
+    return tree
+
+
+@jax.custom_batching.custom_vmap
+def _raise_everywhere(failed, result):
+    def complain(result):
+        jax.debug.callback(_complain, result, partitioned=True)
+
+    jax.lax.cond(failed, complain, lambda _: None, result)
+    return failed
+
+
+@_raise_everywhere.def_vmap
+def _raise_for_any_lane(axis_size, is_batched, failed, result):
+    del is_batched
+    failed, result = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, axis_size), (failed, result))
+    lane = jnp.argmax(failed)
+    failed, result = jax.tree.map(lambda leaf: leaf[lane], (failed, result))
+    return _raise_everywhere(failed, result), False
+
+
+def _complain(result):
+    messages: Any = RESULTS
+    raise RuntimeError(messages[result])
 
 
 def count(value: int) -> Int[Array, ""]:

@@ -12,7 +12,7 @@ from difflbfgs._lbfgs import LBFGS, Progress, WarmStart
 from difflbfgs._newton import newton_step
 from difflbfgs._problem import Problem
 from difflbfgs._solution import RESULTS, Outcome, Stats, count, has_converged
-from difflbfgs._trial import probe
+from difflbfgs._trial import Point, probe
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 from difflbfgs._watch import Step
 
@@ -26,7 +26,6 @@ class _Round(eqx.Module):
     candidate: Vector
     min_curvature: Scalar  # seen by the Newton step to the candidate
     max_curvature: Scalar
-    num_fun_evals: Count
     num_hvps: Count
 
 
@@ -40,24 +39,21 @@ def run(
 ) -> Outcome:
     """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
 
-    def search(x, f, g, pair, idle=False):
-        start = _lbfgs.begin(solver, x, f, g, pair, warm)
+    def search(at: Point, pair, num_fun_evals, idle=False):
+        start = _lbfgs.begin(solver, at, pair, warm, num_fun_evals)
         start = eqx.tree_at(lambda start: start.done, start, start.done | idle)
         return _lbfgs.search(problem, start, solver, max_steps, callback, warm is not None)
 
     with jax.numpy_dtype_promotion("standard"):
         x = x0 if warm is None else warm.x
         if solver.polish == 0:
-            f, g, pair, evaluations = _start(problem, x, warm)
-            end, num_hvps = search(x, f, g, pair), count(0)
-            num_fun_evals = end.num_fun_evals + evaluations
+            end, num_hvps = search(*_start(problem, x, warm)), count(0)
         else:
             last = _polished(problem, x, warm, solver, search)
             end, num_hvps = last.progress, last.num_hvps
-            num_fun_evals = end.num_fun_evals + last.num_fun_evals
     stats = Stats(
         num_steps=end.num_steps,
-        num_fun_evals=num_fun_evals,
+        num_fun_evals=end.num_fun_evals,
         num_hvps=num_hvps,
         grad_norm=_vector.norm(end.g),
         reference_grad_norm=end.reference,
@@ -66,12 +62,12 @@ def run(
     return Outcome(end.x, end.f, end.result, stats, state)
 
 
-def _start(problem, x, warm):
-    """Return `f`, `g`, a first pair, and how many evaluations they took."""
+def _start(problem, x, warm) -> tuple[Point, Pair, Count]:
+    """Return where L-BFGS begins, a first pair, and how many evaluations they took."""
     if warm is None:
-        return *probe(problem, x), 2
+        return probe(problem, x)
     nothing = Pair(_vector.zeros_like(x), _vector.zeros_like(x))
-    return *problem.value_and_gradient(x), nothing, 1
+    return Point.of(problem, x), nothing, count(1)
 
 
 def _polished(problem, x, warm, solver, search) -> _Round:
@@ -97,7 +93,8 @@ def _polished(problem, x, warm, solver, search) -> _Round:
             down = _vector.unit(progress.g)
             pair = Pair(down, hvp(down))
             # Under `vmap` this runs for every lane as soon as one is to search.
-            return search(progress.x, progress.f, progress.g, pair, idle=~searching)
+            here = Point(progress.x, progress.f, progress.g)
+            return search(here, pair, progress.num_fun_evals, idle=~searching)
 
         leading = (k < lead) & accepted & _is_near(progress, solver)
         searching = (k <= lead) & ~leading
@@ -119,7 +116,6 @@ def _polished(problem, x, warm, solver, search) -> _Round:
             candidate=_vector.sub(progress.x, d),
             min_curvature=low,
             max_curvature=high,
-            num_fun_evals=now.num_fun_evals + 1,
             num_hvps=now.num_hvps + products + (searching & (warm is None)),
         )
 
@@ -127,11 +123,12 @@ def _polished(problem, x, warm, solver, search) -> _Round:
 
     def unstarted():
         nothing = _vector.zeros_like(x)
-        return _lbfgs.begin(solver, x, zero, nothing, Pair(nothing, nothing), warm)
+        here = Point(x, zero, nothing)
+        return _lbfgs.begin(solver, here, Pair(nothing, nothing), warm, count(0))
 
     # Of a cold start, nothing but the shapes is known before the first round.
     before = unstarted() if warm else _vector.zeros_like(jax.eval_shape(unstarted))
-    first = _Round(count(0), before, x, zero, zero, count(0), count(0))
+    first = _Round(count(0), before, x, zero, zero, count(0))
     return jax.lax.while_loop(lambda now: now.number <= end, take, first)
 
 
@@ -159,7 +156,9 @@ def _judge(now: _Round, f, g, solver) -> tuple[Progress, Flag]:
     result = RESULTS.where(accepted & stuck & limit, RESULTS.precision_limit, before.result)
     result = RESULTS.where(accepted & small, RESULTS.successful, result)
     progress = eqx.tree_at(
-        lambda p: (p.x, p.f, p.g, p.scale, p.result), before, (x, f, g, scale, result)
+        lambda p: (p.x, p.f, p.g, p.scale, p.result, p.num_fun_evals),
+        before,
+        (x, f, g, scale, result, before.num_fun_evals + 1),
     )
     return progress, accepted
 

@@ -1,4 +1,4 @@
-"""One step of Optax: where it proposes to go, and what the objective is there."""
+"""Where to begin, and one step of Optax: where it proposes to go, and the objective there."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ import optax
 from difflbfgs import _vector
 from difflbfgs._curvature import Pair
 from difflbfgs._problem import Problem
+from difflbfgs._solution import count
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 
 
@@ -70,21 +71,62 @@ def propose(
     )
 
 
-def probe(problem: Problem, x: Vector) -> tuple[Scalar, Vector, Pair]:
-    """Return `f` and its gradient at `x`, and the pair of a short step down the gradient.
+class Point(eqx.Module):
+    """A point, and the objective and its gradient there."""
 
-    Both points are evaluated by one loop, for one copy of the objective in the program.
+    x: Vector
+    f: Scalar
+    g: Vector
+
+    @staticmethod
+    def of(problem: Problem, x: Vector) -> "Point":
+        """Evaluate the objective at `x`."""
+        return Point(x, *problem.value_and_gradient(x))
+
+
+def probe(problem: Problem, x: Vector) -> tuple[Point, Pair, Count]:
+    """Return where L-BFGS is to begin, a first pair, and the number of evaluations.
+
+    The first try is a step down the gradient that would be half of Newton's for `f = c/2 ‖x‖²`:
+    `|f| / ‖g‖` long, whatever the scales of objective and variables, but no longer than a tenth of
+    the size of `x`. Where the objective falls along it (Armijo's condition) and curves upwards, the
+    solve begins at its end. If not, a short step shows the curvature at `x`, and it begins there.
+
+    All points are evaluated by one loop, for one copy of the objective in the program.
     """
-    reach = _vector.epsilon(x) ** 0.5 * jnp.maximum(1, _vector.norm(x))
+    room = jnp.maximum(1, _vector.norm(x))
 
-    def evaluate(_, points):
-        _, here, point = points
-        f, g = problem.value_and_gradient(point)
-        return here, (point, f, g), _vector.add_scaled(point, -reach, _vector.unit(g))
+    def unfinished(carry):
+        evaluations, start, last = carry
+        return (evaluations < 2) | ((evaluations == 2) & ~_is_progress(start, last))
 
-    nowhere = (x, jnp.zeros((), _vector.dtype(x)), _vector.zeros_like(x))
-    (_, f, g), (x_near, _, g_near), _ = jax.lax.fori_loop(0, 2, evaluate, (nowhere, nowhere, x))
-    return f, g, Pair(_vector.sub(x, x_near), _vector.sub(g, g_near))
+    def evaluate(carry):
+        evaluations, start, _ = carry
+        slope = _vector.norm(start.g)
+        step = jnp.minimum(jnp.abs(start.f) / _vector.nonzero(slope), 0.1 * room)
+        short = _vector.epsilon(x) ** 0.5 * room
+        length = jnp.where(evaluations == 1, step, short)
+        moved = _vector.add_scaled(x, -length, _vector.unit(start.g))
+        point = Point.of(problem, _vector.where(evaluations == 0, x, moved))
+        return evaluations + 1, _vector.where(evaluations == 0, point, start), point
+
+    nowhere = Point(x, jnp.zeros((), _vector.dtype(x)), _vector.zeros_like(x))
+    carry = count(0), nowhere, nowhere
+    evaluations, start, last = jax.lax.while_loop(unfinished, evaluate, carry)
+    began = _vector.where(_is_progress(start, last), last, start)
+    return began, _between(start, last), evaluations
+
+
+def _is_progress(start: Point, last: Point) -> Flag:
+    """Return whether a step is worth taking: Armijo's condition holds, and so does curvature."""
+    pair = _between(start, last)
+    finite = jnp.isfinite(_vector.norm(last.g))
+    falls = last.f < start.f + 1e-4 * _vector.dot(start.g, pair.s)
+    return finite & falls & pair.is_curved()
+
+
+def _between(start: Point, last: Point) -> Pair:
+    return Pair(_vector.sub(last.x, start.x), _vector.sub(last.g, start.g))
 
 
 def _silenced(problem, done, like):

@@ -1,0 +1,1 @@
+"""Adapters: difflbfgs behind the interfaces of other packages."""

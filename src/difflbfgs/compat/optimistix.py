@@ -1,0 +1,184 @@
+"""L-BFGS for `optimistix.minimise`: one trip of its loop is one step of ours."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import optimistix as optx
+from jaxtyping import Array, Bool, PyTree
+
+from difflbfgs import _lbfgs
+from difflbfgs._checks import (
+    check_linesearch,
+    check_positive_integer,
+    check_tolerance,
+    no_type_check,
+)
+from difflbfgs._lbfgs import Progress
+from difflbfgs._problem import Problem, Variables, make_problem, make_variables
+from difflbfgs._solution import RESULTS, has_converged
+from difflbfgs._trial import probe
+from difflbfgs._vector import Vector
+
+
+class _State(eqx.Module):
+    x0: Vector
+    progress: Progress
+
+
+@no_type_check
+class LBFGS(optx.AbstractMinimiser):
+    """L-BFGS with a strong-Wolfe line search, for `optimistix.minimise`.
+
+    It takes the steps of `difflbfgs.LBFGS(rtol, atol, memory_size, linesearch, polish=0)` and stops
+    at `‖∇f(y)‖₂ <= atol + rtol · reference`, where Optimistix's own minimisers compare successive
+    iterates. `sol.stats` holds `num_fun_evals`, `grad_norm`, `reference_grad_norm` and, as
+    `result`, the member of `difflbfgs.RESULTS` that says how the solve ended. Optimistix knows
+    fewer ways: `precision_limit` is its `successful`, `nonfinite_start` its `nonfinite`, and
+    `unbounded` and `line_search_failed` are its `nonlinear_divergence`.
+
+    How to differentiate is left to `optimistix.minimise`. With its `ImplicitAdjoint`, pass
+    `tags=frozenset({lineax.positive_semidefinite_tag})` to have the dense Hessian factorised by
+    Cholesky, or `linear_solver=lineax.CG(rtol, atol)` to have none. Its derivative of a solve that
+    failed under `throw=False` is not NaN, as that of `difflbfgs.minimize` is. Optax's line searches
+    are loops of unknown length, so `RecursiveCheckpointAdjoint` raises.
+
+    A step costs what one of `difflbfgs.LBFGS` does; with `has_aux` also an evaluation of `fn`.
+
+    Args:
+        rtol: relative tolerance on the gradient norm. `None`: square root of machine epsilon.
+        atol: absolute tolerance on the gradient norm.
+        memory_size: number of curvature pairs kept, Optimistix's `history_length`.
+        linesearch: an Optax line search transformation. `None`: Optax's zoom search.
+        verbose: `True` prints a line at every step. A function is called while the step is
+            traced, as `verbose(num_steps=("Step", array), loss=..., grad_norm=..., step_size=...)`.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if a tolerance is negative, or `memory_size` less than 1.
+
+    Examples:
+        >>> import jax.numpy as jnp, optimistix as optx
+        >>> from difflbfgs.compat.optimistix import LBFGS
+        >>> def fn(y, a):
+        ...     return (1 - y[0]) ** 2 + a * (y[1] - y[0] ** 2) ** 2
+        >>> sol = optx.minimise(fn, LBFGS(rtol=1e-4, atol=1e-4), jnp.array([-1.2, 1.0]), 100.0)
+        >>> print(sol.value.round(2))
+        [1. 1.]
+    """
+
+    rtol: Any
+    atol: Any
+    norm: Callable[[PyTree], Array] = eqx.field(static=True)  # of the gradient test
+    memory_size: int = eqx.field(static=True)
+    linesearch: Any
+    verbose: bool | Callable[..., None] = eqx.field(static=True)
+
+    def __init__(self, rtol, atol, memory_size=10, linesearch=None, verbose=False):
+        check_tolerance("rtol", rtol, optional=True)
+        check_tolerance("atol", atol)
+        check_positive_integer("memory_size", memory_size)
+        check_linesearch(linesearch)
+        if not isinstance(verbose, bool) and not callable(verbose):
+            raise TypeError(
+                f"verbose must be True, False or a function of keyword arguments, got "
+                f"{verbose!r}. Pass verbose=True to print every step."
+            )
+        self.rtol, self.atol, self.norm = rtol, atol, optx.two_norm
+        self.memory_size, self.linesearch, self.verbose = memory_size, linesearch, verbose
+
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags) -> _State:
+        """Evaluate the objective at the start, and once or twice nearby."""
+        del f_struct, aux_struct, tags
+        mode = options.get("autodiff_mode", "bwd")
+        if mode != "bwd":
+            raise ValueError(
+                f"options['autodiff_mode'] must be 'bwd', got {mode!r}: Optax's line searches "
+                "differentiate in reverse mode. Drop the option."
+            )
+        problem, _, x = _interior(fn, y, args)
+        with jax.numpy_dtype_promotion("standard"):
+            at, pair, evaluations = probe(problem, x)
+            start = _lbfgs.begin(self._solver(), at, pair, None, evaluations)
+        return _undifferentiable(_State(at.x, start))
+
+    def step(self, fn, y, args, options, state, tags) -> tuple[PyTree, _State, PyTree]:
+        """Take a step; return the new `y`, and the auxiliary output at the old one."""
+        del options, tags
+        problem, variables, _ = _interior(fn, y, args)
+        with jax.numpy_dtype_promotion("standard"):
+            after, step_size = _lbfgs.take_step(
+                problem, state.progress, state.x0, self._solver(), fixed_reference=False
+            )
+        verbose = _print if self.verbose is True else self.verbose
+        if verbose:
+            verbose(
+                num_steps=("Step", after.num_steps),
+                loss=("Loss", after.f),
+                grad_norm=("Gradient norm", optx.two_norm(after.g)),
+                step_size=("Step size", step_size),
+            )
+        state = _undifferentiable(eqx.tree_at(lambda state: state.progress, state, after))
+        return variables.outside(after.x), state, fn(y, args)[1]
+
+    def terminate(self, fn, y, args, options, state, tags) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        """Return whether the solve is over, and how, in Optimistix's terms."""
+        del fn, y, args, options, tags
+        progress = state.progress
+        failed = progress.done & ~has_converged(progress.result)
+        result = optx.RESULTS.where(
+            failed, optx.RESULTS.nonlinear_divergence, optx.RESULTS.successful
+        )
+        nonfinite = progress.done & (progress.result == RESULTS.nonfinite_start)
+        return progress.done, optx.RESULTS.where(nonfinite, optx.RESULTS.nonfinite, result)
+
+    def postprocess(
+        self, fn, y, aux, args, options, state, tags, result
+    ) -> tuple[PyTree, PyTree, dict[str, Any]]:
+        """Return `y`, the auxiliary output there, and what the solve cost."""
+        del options, tags, result
+        progress = state.progress
+        if jax.tree.leaves(aux):
+            aux = fn(y, args)[1]
+        stats = {
+            "result": progress.result,
+            "num_fun_evals": progress.num_fun_evals,
+            "grad_norm": optx.two_norm(progress.g),
+            "reference_grad_norm": progress.reference,
+        }
+        return y, aux, stats
+
+    def _solver(self) -> _lbfgs.LBFGS:
+        return _lbfgs.LBFGS(self.rtol, self.atol, self.memory_size, self.linesearch, polish=0)
+
+
+def _interior(fn, y, args) -> tuple[Problem, Variables, Vector]:
+    """Return the objective as one of a vector, its variables, and `y` as that vector."""
+    variables = make_variables(y, flatten=True)
+    x = variables.to_vector(y)
+
+    def objective(promoted, _):  # Optimistix's functions take no other dtypes than those of y
+        return fn(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), promoted, y), args)[0]
+
+    return make_problem(objective, None, variables, x), variables, x
+
+
+@eqx.filter_custom_jvp
+def _undifferentiable(state):
+    return state
+
+
+@_undifferentiable.def_jvp
+def _undifferentiable_jvp(primals, tangents):
+    del primals, tangents
+    raise TypeError(
+        "the steps of difflbfgs.compat.optimistix.LBFGS cannot be differentiated: Optax's line "
+        "searches are loops of unknown length. Pass adjoint=optimistix.ImplicitAdjoint(), or for "
+        "an unrolled solver use difflbfgs.minimize with solver=difflbfgs.Unrolled(...)."
+    )
+
+
+def _print(**shown) -> None:
+    text = ", ".join(f"{name}: {{{key}}}" for key, (name, _) in shown.items())
+    jax.debug.print(text, **{key: value for key, (_, value) in shown.items()})
