@@ -187,6 +187,8 @@ def search(
     fixed_reference: bool,
 ) -> Progress:
     """Take steps until the solve is over."""
+    if max_steps == 0:
+        return start
     engine = solver.engine(_vector.epsilon(start.x))
 
     def unfinished(now: Progress):
