@@ -96,7 +96,7 @@ def two_loop(
 
     Rows are numbered modulo their number; one whose `rho` is zero counts for nothing.
     """
-    oldest_first = (oldest + jnp.arange(len(rho))) % max(len(rho), 1)
+    oldest_first = (oldest + jnp.arange(len(rho))) % len(rho)
 
     def backward(q, i):
         s, y = jax.tree.map(lambda rows: rows[i], (S, Y))

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, PyTree
 
 from difflbfgs import _curvature, _stopping, _vector
@@ -25,10 +24,8 @@ from difflbfgs._solution import RESULTS
 from difflbfgs._vector import Flag, Scalar
 from difflbfgs._watch import Step, watch
 from difflbfgs.compat._jaxopt_objective import Objective
+from difflbfgs.compat._jaxopt_settings import Settings
 from difflbfgs.compat._jaxopt_state import Iterate, weights
-
-LINESEARCHES = ("zoom", "backtracking", "hager-zhang")
-GUESSES = ("increase", "max", "current")
 
 _T = TypeVar("_T")
 
@@ -46,78 +43,21 @@ class Direct(eqx.Module):
         return jnp.asarray(f, self.variables.dtype), aux
 
 
-class Settings(eqx.Module):
-    """Those arguments of JAXopt's L-BFGS on which a step depends."""
-
-    stepsize: Any
-    linesearch: str
-    linesearch_init: str
-    maxls: int
-    increase_factor: Any
-    max_stepsize: Any
-    min_stepsize: Any
-    use_gamma: bool
-    tol: Any
-    verbose: int
-
-    def searches(self) -> bool:
-        """Return whether the step size is found by a line search."""
-        known = isinstance(self.stepsize, int | float)
-        return known and self.stepsize <= 0
-
-    def search(self, eps: float) -> optax.GradientTransformationExtraArgs:
-        """Return Optax's line search, begun where JAXopt begins it; f rises by rounding at most."""
-        verbose = self.verbose > 1
-        if self.linesearch == "backtracking":
-            search = optax.scale_by_backtracking_linesearch(
-                self.maxls,
-                increase_factor=1.0,
-                max_learning_rate=self.max_stepsize,
-                verbose=verbose,
-            )
-        else:
-            search = optax.scale_by_zoom_linesearch(
-                self.maxls,
-                max_learning_rate=self.max_stepsize,
-                approx_dec_rtol=10 * eps,
-                initial_guess_strategy="keep",
-                verbose=verbose,
-            )
-
-        def init(x):
-            state: Any = search.init(x)
-            return state._replace(learning_rate=jnp.full_like(state.value, self.max_stepsize))
-
-        def update(updates, state, params=None, **others):
-            state = state._replace(learning_rate=self._guess(state.learning_rate))
-            return search.update(updates, state, params, **others)
-
-        return optax.GradientTransformationExtraArgs(init, update)
-
-    def _guess(self, last: Scalar) -> Scalar:
-        """Return the step size that a line search tries first."""
-        longest = jnp.full_like(last, self.max_stepsize)
-        if self.linesearch_init == "max":
-            return longest
-        factor = self.increase_factor if self.linesearch_init == "increase" else 1
-        # A search that failed leaves 0.
-        least = self.min_stepsize if self.linesearch_init == "increase" else 0
-        return jnp.where(last <= least, longest, jnp.minimum(factor * last, longest))
-
-
-def begin(problem: Problem | Direct, settings: Settings, x: Array, history_size: int) -> Iterate:
-    """Return the iterate before the first step."""
+def begin(
+    problem: Problem | Direct, settings: Settings, x: Array, before: Iterate | None = None
+) -> Iterate:
+    """Return the iterate before the first step, with the memory of the one `before`."""
     (f, aux), g = jax.value_and_grad(problem.objective, has_aux=True)(x)
     one = jnp.ones((), x.dtype)
-    none = jnp.zeros((history_size, x.size), x.dtype)
-    return Iterate(
+    none = jnp.zeros((settings.history_size, x.size), x.dtype)
+    start = Iterate(
         x=x,
         f=f,
         g=g,
         aux=aux,
         S=none,
         Y=none,
-        rho=none[:, 0] if x.size else jnp.zeros(history_size, x.dtype),
+        rho=none[:, 0],
         gamma=one,
         stepsize=jnp.asarray(settings.max_stepsize, x.dtype),
         iter_num=jnp.asarray(0),
@@ -127,14 +67,18 @@ def begin(problem: Problem | Direct, settings: Settings, x: Array, history_size:
         num_linesearch_iter=_count(0),
         result=_result(f, g, jnp.asarray(False), settings),
     )
+    if before is None:
+        return start
+
+    def memory(now):
+        return now.S, now.Y, now.rho, now.gamma, now.iter_num, now.stepsize
+
+    return eqx.tree_at(memory, start, memory(before))
 
 
 def advance(problem: Problem | Direct, settings: Settings, now: Iterate) -> Iterate:
     """Take one step."""
-    d = jax.tree.map(
-        jnp.negative,
-        _curvature.two_loop(now.S, now.Y, now.rho, now.gamma, _count(now.iter_num))(now.g),
-    )
+    d = -_inverse_hessian(now)(now.g)
     stepsize, trials = _step_size(problem, settings, now, d)
     x = now.x + stepsize * d
     (f, aux), g = jax.value_and_grad(problem.objective, has_aux=True)(x)
@@ -167,6 +111,12 @@ def advance(problem: Problem | Direct, settings: Settings, now: Iterate) -> Iter
     return after
 
 
+def _inverse_hessian(now):
+    if len(now.rho) == 0:
+        return lambda v: v
+    return _curvature.two_loop(now.S, now.Y, now.rho, now.gamma, _count(now.iter_num))
+
+
 def _step_size(problem, settings, now, d) -> tuple[Scalar, Any]:
     """Return the step size, and how often the line search tried."""
     if callable(settings.stepsize):
@@ -180,9 +130,7 @@ def _step_size(problem, settings, now, d) -> tuple[Scalar, Any]:
     def value(x):  # under x64 Optax's searches compute in float64, whatever the dtype of x
         return problem.objective(x.astype(before.x.dtype))[0]
 
-    _, state = search.update(
-        d, state, before.x, value=before.f, grad=before.g, value_fn=value
-    )
+    _, state = search.update(d, state, before.x, value=before.f, grad=before.g, value_fn=value)
     stepsize = state.learning_rate
     if settings.linesearch != "backtracking":
         stepsize = undifferentiable(stepsize, (now.x, now.g))
@@ -211,30 +159,21 @@ def _result(f, g, failed, settings):
     return RESULTS.where(finite, result, RESULTS.nonlinear_divergence)
 
 
-def loop(
-    problem: Problem | Direct,
-    settings: Settings,
-    start: Iterate,
-    maxiter: int,
-    stop_if_linesearch_fails: bool,
-    how: str,
-) -> Iterate:
-    """Take up to `maxiter` steps.
+def loop(problem: Problem | Direct, settings: Settings, start: Iterate, how: str | None) -> Iterate:
+    """Take steps until the solve is over.
 
     Args:
         problem: the objective.
-        settings: of each step.
+        settings: of the solve.
         start: the iterate to begin from.
-        maxiter: how many steps to take at most.
-        stop_if_linesearch_fails: whether to stop then.
         how: `"while"`, a compiled loop; `"scan"`, one that JAX can differentiate in reverse mode,
             for the memory of `maxiter` steps; `"python"`, a loop in Python without compilation.
     """
 
     def unfinished(now: Iterate) -> Flag:
         error = _vector.norm(jax.lax.stop_gradient(now.g))
-        again = now.iter_num < start.iter_num + maxiter
-        return (error > settings.tol) & again & ~(now.failed & stop_if_linesearch_fails)
+        again = now.iter_num < start.iter_num + settings.maxiter
+        return (error > settings.tol) & again & ~(now.failed & settings.stop_if_linesearch_fails)
 
     def step(now: Iterate) -> Iterate:
         return advance(problem, settings, now)
@@ -246,7 +185,7 @@ def loop(
         def body(now, _):
             return jax.lax.cond(unfinished(now), step, lambda now: now, now), None
 
-        return jax.lax.scan(body, start, length=maxiter)[0]
+        return jax.lax.scan(body, start, length=settings.maxiter)[0]
     now = start
     while unfinished(now):
         now = step(now)
@@ -292,5 +231,3 @@ def print_step(step: Step) -> None:
 
 def _count(value) -> Any:
     return jnp.asarray(value, jnp.int32)
-
-

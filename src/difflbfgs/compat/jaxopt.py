@@ -5,7 +5,6 @@ JAXopt is archived, and nothing of it is needed here.
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,32 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from difflbfgs import _vector
-from difflbfgs._checks import (
-    check_callable,
-    check_choice,
-    check_flag,
-    check_natural_number,
-    check_positive,
-    check_positive_integer,
-    check_tolerance,
-    no_type_check,
-)
-from difflbfgs._lbfgs import LBFGS as _Solver
-from difflbfgs._minimize import make_task
-from difflbfgs._problem import Variables, make_problem, make_variables
-from difflbfgs._solution import RESULTS, has_converged
-from difflbfgs.compat import _jaxopt_step as _step
-from difflbfgs.compat._jaxopt_adjoint import make_adjoint
+from difflbfgs._checks import check_callable, no_type_check
+from difflbfgs._problem import Variables, make_variables
+from difflbfgs.compat import _jaxopt_step
 from difflbfgs.compat._jaxopt_objective import Objective, make_objective
-from difflbfgs.compat._jaxopt_state import (
-    Iterate,
-    LbfgsState,
-    OptStep,
-    from_solve,
-    from_state,
-    to_state,
-    warm_start,
-)
+from difflbfgs.compat._jaxopt_run import Run
+from difflbfgs.compat._jaxopt_settings import Settings
+from difflbfgs.compat._jaxopt_state import Iterate, LbfgsState, OptStep, from_state, to_state
 
 __all__ = ["LBFGS", "LbfgsState", "OptStep"]
 
@@ -136,12 +116,16 @@ class LBFGS:
     jit: bool = True
     unroll: str | bool = "auto"
     verbose: bool | int = False
+    _settings: Settings = dataclasses.field(init=False, repr=False)
     _objective: Objective = dataclasses.field(init=False, repr=False)
     _compiled_update: Callable = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        _check(self)
+        check_callable("fun", self.fun, "It is called as fun(params, *args, **kwargs).")
+        names = [field.name for field in dataclasses.fields(Settings)]
+        settings = Settings(**{name: getattr(self, name) for name in names})
         objective = make_objective(self.fun, self.value_and_grad, self.has_aux)
+        object.__setattr__(self, "_settings", settings)
         object.__setattr__(self, "_objective", objective)
         object.__setattr__(self, "_compiled_update", eqx.filter_jit(self._update))
 
@@ -157,25 +141,16 @@ class LBFGS:
         Returns:
             `OptStep(params, state)`.
         """
-        params, state = _unpack(init_params)
-        variables = make_variables(params, flatten=True)
-        x = variables.to_vector(params)
-        before = None if state is None else self._iterate(variables, params, state)
-        how = self._repeats_update()
-        if how is None:
-            end = self._minimize(variables, x, before, (args, kwargs))
-        else:
-            end = self._repeat(how, variables, x, before, (args, kwargs))
+        variables, x, before = self._start(init_params)
+        task = Run(self._settings, self._objective, (args, kwargs), variables, x, before)
+        end = task.end()
         return OptStep(variables.outside(end.x), to_state(variables, end))
 
     def init_state(self, init_params: PyTree, *args: Any, **kwargs: Any) -> LbfgsState:
         """Return the state before the first `update`; of an `OptStep`, with its memory."""
-        params, state = _unpack(init_params)
-        variables = make_variables(params, flatten=True)
-        before = None if state is None else self._iterate(variables, params, state)
-        problem = _step.Direct(self._objective, (args, kwargs), variables)
-        x = variables.to_vector(params)
-        return to_state(variables, self._begin(problem, x, before))
+        variables, x, before = self._start(init_params)
+        problem = _jaxopt_step.Direct(self._objective, (args, kwargs), variables)
+        return to_state(variables, _jaxopt_step.begin(problem, self._settings, x, before))
 
     def update(self, params: PyTree, state: LbfgsState, *args: Any, **kwargs: Any) -> OptStep:
         """Take one step from `params`; `state` is of `init_state`, `update` or `run`."""
@@ -203,29 +178,18 @@ class LBFGS:
         """Return what the constructor was given."""
         return tuple(getattr(self, name) for name in self.attribute_names())
 
-    @property
-    def _settings(self) -> _step.Settings:
-        names = [field.name for field in dataclasses.fields(_step.Settings)]
-        return _step.Settings(**{name: getattr(self, name) for name in names})
-
-    def _repeats_update(self) -> str | None:
-        """Return how `run` repeats `update`, or `None` if it is `minimize`."""
-        searches = self._settings.searches()
-        exact = not searches or self.linesearch == "backtracking"
-        unrolled = exact and not self.implicit_diff
-        plain = not searches or not self.use_gamma or 0 in (self.history_size, self.maxiter)
-        if not self.jit:
-            return "python"
-        if plain or unrolled:
-            return "scan" if unrolled and self.unroll else "while"
-        return None
+    def _start(self, init_params) -> tuple[Variables, jax.Array, Iterate | None]:
+        params, state = _unpack(init_params)
+        variables = make_variables(params, flatten=True)
+        before = None if state is None else self._iterate(variables, params, state)
+        return variables, variables.to_vector(params), before
 
     def _update(self, params, state, theta):
         variables = make_variables(params, flatten=True)
-        problem = _step.Direct(self._objective, theta, variables)
+        problem = _jaxopt_step.Direct(self._objective, theta, variables)
         with jax.numpy_dtype_promotion("standard"):
             now = self._iterate(variables, params, state)
-            after = _step.advance(problem, self._settings, now)
+            after = _jaxopt_step.advance(problem, self._settings, now)
         return OptStep(variables.outside(after.x), to_state(variables, after))
 
     def _iterate(self, variables: Variables, params, state) -> Iterate:
@@ -237,123 +201,7 @@ class LBFGS:
             )
         return from_state(variables, params, state)
 
-    def _begin(self, problem, x, before: Iterate | None) -> Iterate:
-        start = _step.begin(problem, self._settings, x, self.history_size)
-        if before is None:
-            return start
-
-        def memory(now):
-            return now.S, now.Y, now.rho, now.gamma, now.iter_num, now.stepsize
-
-        return eqx.tree_at(memory, start, memory(before))
-
-    def _minimize(self, variables, x, before, theta) -> Iterate:
-        """Run `minimize`."""
-        problem = make_problem(self._objective, theta, variables, x, has_aux=True)
-        # A gradient that the user computes need not be differentiable, as the polish wants it.
-        polish = int(self.implicit_diff and self.value_and_grad is False)
-        solver = _Solver(
-            rtol=0.0,
-            atol=self.tol,
-            memory_size=self.history_size,
-            linesearch=self._settings.search(_vector.epsilon(x)),
-            polish=polish,
-        )
-        warm = None if before is None else warm_start(before)
-        outcome, aux = self._solve(variables, x, warm, theta, problem, solver, self.maxiter)
-        if not self.implicit_diff:
-            x, f, aux = _step.undifferentiable((outcome.x, outcome.f, aux), ())
-            outcome = eqx.tree_at(lambda outcome: (outcome.x, outcome.f), outcome, (x, f))
-        steps = 0 if before is None else before.iter_num
-        end = from_solve(
-            outcome.state, outcome.f, aux, outcome.result, outcome.stats, steps, self.max_stepsize
-        )
-        return eqx.tree_at(lambda end: end.x, end, outcome.x)
-
-    def _repeat(self, how, variables, x, before, theta) -> Iterate:
-        """Repeat `update`, and give its end the derivative of a minimizer if that is wanted."""
-        problem = None
-        if self.jit or self.implicit_diff:
-            problem = make_problem(self._objective, theta, variables, x, has_aux=True)
-        seen = problem if self.jit else _step.Direct(self._objective, theta, variables)
-        if self.implicit_diff:
-            seen, x, before = _step.without_derivative((seen, x, before))
-        options = self.maxiter, self.stop_if_linesearch_fails, how
-        with contextlib.nullcontext() if self.jit else jax.disable_jit():
-            with jax.numpy_dtype_promotion("standard"):
-                start = self._begin(seen, x, before)
-                end = _loop(seen, self._settings, start, *options)
-        if not self.implicit_diff:
-            return end
-        end = _step.without_derivative(end)
-        solver = _Solver(0.0, self.tol, memory_size=max(1, self.history_size), polish=0)
-        warm = warm_start(end) if self.history_size else None
-        outcome, aux = self._solve(variables, end.x, warm, theta, problem, solver, 0)
-        result = RESULTS.where(has_converged(outcome.result), outcome.result, end.result)
-        return eqx.tree_at(
-            lambda end: (end.x, end.aux, end.result),
-            end,
-            (outcome.x, aux, result),
-            is_leaf=lambda leaf: leaf is end.aux,
-        )
-
-    def _solve(self, variables, x, warm, theta, problem, solver, max_steps):
-        """Return the outcome of a solve, and the user's value and auxiliary output there."""
-        callback = _step.print_step if self.verbose and max_steps else None
-        adjoint = make_adjoint(self.implicit_diff_solve)
-        task = make_task(
-            variables, x, warm, theta, solver, adjoint, max_steps, False, callback=callback
-        )
-        outcome, aux = _differentiable(task, problem, self.has_aux)
-        dtype = jax.eval_shape(problem.aux, outcome.x)[0].dtype
-        return outcome, (outcome.f.astype(dtype), aux)
-
-
-@eqx.filter_jit
-def _differentiable(task, problem, has_aux):
-    outcome = task.adjoint.differentiable(task, problem)
-    return outcome, problem.aux(outcome.x)[1] if has_aux else None
-
-
-_loop = eqx.filter_jit(_step.loop)
-
 
 def _unpack(params: PyTree) -> tuple[PyTree, LbfgsState | None]:
     """Return parameters and state; the state is `None` unless there is one."""
     return tuple(params) if isinstance(params, OptStep) else (params, None)
-
-
-def _check(self: LBFGS) -> None:
-    check_callable("fun", self.fun, "It is called as fun(params, *args, **kwargs).")
-    if not callable(self.value_and_grad):
-        check_flag("value_and_grad", self.value_and_grad)
-    for name in ("has_aux", "stop_if_linesearch_fails", "use_gamma", "implicit_diff", "jit"):
-        check_flag(name, getattr(self, name))
-    check_natural_number("maxiter", self.maxiter)
-    check_natural_number("history_size", self.history_size)
-    check_positive_integer("maxls", self.maxls)
-    check_tolerance("tol", self.tol)
-    check_tolerance("min_stepsize", self.min_stepsize)
-    check_positive("max_stepsize", self.max_stepsize)
-    check_positive("increase_factor", self.increase_factor)
-    if not callable(self.stepsize):
-        check_stepsize(self.stepsize)
-    check_choice("linesearch", self.linesearch, _step.LINESEARCHES)
-    check_choice("linesearch_init", self.linesearch_init, _step.GUESSES)
-    check_choice("unroll", self.unroll, ("auto", True, False))
-    check_choice("verbose", self.verbose, (False, True, 0, 1, 2))
-    make_adjoint(self.implicit_diff_solve)
-    for name in ("condition", "decrease_factor"):
-        if getattr(self, name) is not None:
-            warnings.warn(f"{name} has no effect. Drop it.", DeprecationWarning, stacklevel=4)
-
-
-def check_stepsize(value: Any) -> None:
-    """Raise unless `value` is a real scalar."""
-    if isinstance(value, bool) or not eqx.is_array_like(value) or jnp.iscomplexobj(value):
-        raise TypeError(
-            f"stepsize must be a real number or a function, got {value!r}. Pass 0.0 for a line "
-            "search, a positive number, or a function of the step's number."
-        )
-    if jnp.shape(value) != ():
-        raise ValueError(f"stepsize must be a scalar, got {value!r}. Pass for example 1e-3.")
