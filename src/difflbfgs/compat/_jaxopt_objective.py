@@ -16,8 +16,13 @@ from jaxtyping import PyTree
 Objective = Callable[[PyTree, tuple], tuple[Any, tuple[Any, PyTree]]]
 
 
-def make_objective(fun: Callable, value_and_grad: Any, has_aux: bool) -> Objective:
+def make_objective(
+    fun: Callable, value_and_grad: bool | Callable, has_aux: bool, traceable: bool
+) -> Objective:
     """Return `objective(x, (args, kwargs)) -> (f, (f, aux))`.
+
+    Unless it is `traceable`, a function that returns its gradient sees concrete arrays where there
+    are any, and is not differentiated by what it closes over: JAX raises.
 
     Raises (when called):
         TypeError: if `fun` or `value_and_grad` does not return what `has_aux` says it does.
@@ -29,13 +34,14 @@ def make_objective(fun: Callable, value_and_grad: Any, has_aux: bool) -> Objecti
             return f, (f, aux)
 
         return objective
-    return _with_given_gradient(fun if value_and_grad is True else value_and_grad, has_aux)
+    given = fun if value_and_grad is True else value_and_grad
+    return _with_given_gradient(given, has_aux, traceable)
 
 
-def _with_given_gradient(given: Callable, has_aux: bool) -> Objective:
+def _with_given_gradient(given: Any, has_aux: bool, traceable: bool) -> Objective:
     """Return the objective whose derivative by `x` is the gradient that the user computes.
 
-    Derivatives by `theta`, and those of the gradient, are taken by JAX, where they are asked for.
+    All other derivatives, and those of the gradient, are taken by JAX where they are asked for.
     """
 
     def both(x, theta):
@@ -49,13 +55,13 @@ def _with_given_gradient(given: Callable, has_aux: bool) -> Objective:
         return _split("value_and_grad", out[0], has_aux), out[1]
 
     @eqx.filter_custom_jvp
-    def value(x, theta):
+    def value(both, x, theta):
         return both(x, theta)[0][0]
 
     @value.def_jvp
     def value_jvp(primals, tangents):
-        x, theta = primals
-        by_x, by_theta = tangents
+        both, x, theta = primals
+        by_closure, by_x, by_theta = tangents
         (f, _), g = both(x, theta)
         slope = jnp.zeros_like(f)
         # JAX's gradient of a real function of complex z: df = Re Σ g dz, without a conjugate.
@@ -66,13 +72,17 @@ def _with_given_gradient(given: Callable, has_aux: bool) -> Objective:
         ):
             if tangent is not None:
                 slope += jnp.sum(jnp.real(gradient * tangent)).astype(slope.dtype)
-        if jax.tree.leaves(by_theta):
-            _, partial = eqx.filter_jvp(lambda t: both(x, t)[0][0], (theta,), (by_theta,))
+        if jax.tree.leaves((by_closure, by_theta)):
+            _, partial = eqx.filter_jvp(
+                lambda both, theta: both(x, theta)[0][0], (both, theta), (by_closure, by_theta)
+            )
             slope += partial
         return f, slope
 
     def objective(x, theta):
-        f = value(x, theta)
+        # A custom rule must be handed what it depends on.
+        known = eqx.filter_closure_convert(both, x, theta) if traceable else both
+        f = value(known, x, theta)
         return f, (f, both(x, theta)[0][1] if has_aux else None)
 
     return objective

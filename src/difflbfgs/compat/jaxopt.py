@@ -124,7 +124,7 @@ class LBFGS:
         check_callable("fun", self.fun, "It is called as fun(params, *args, **kwargs).")
         names = [field.name for field in dataclasses.fields(Settings)]
         settings = Settings(**{name: getattr(self, name) for name in names})
-        objective = make_objective(self.fun, self.value_and_grad, self.has_aux)
+        objective = make_objective(self.fun, self.value_and_grad, self.has_aux, self.jit)
         object.__setattr__(self, "_settings", settings)
         object.__setattr__(self, "_objective", objective)
         object.__setattr__(self, "_compiled_update", eqx.filter_jit(self._update))
