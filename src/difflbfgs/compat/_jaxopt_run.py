@@ -62,7 +62,7 @@ class Run(eqx.Module):
         outcome, aux = self._solve(self._problem(), self.x, warm, solver, settings.maxiter)
         x, f = outcome.x, outcome.f
         if not settings.implicit_diff:
-            x, f, aux = step.undifferentiable((x, f, aux), ())
+            x, f, aux = step.undifferentiable((x, f, aux))
         steps = 0 if self.before is None else self.before.iter_num
         end = from_solve(
             outcome.state, f, aux, outcome.result, outcome.stats, steps, settings.max_stepsize

@@ -84,6 +84,8 @@ def advance(problem: Problem | Direct, settings: Settings, now: Iterate) -> Iter
     (f, aux), g = jax.value_and_grad(problem.objective, has_aux=True)(x)
     taken = jnp.asarray(True)
     if settings.searches():
+        if settings.linesearch != "backtracking":
+            x, f, g = undifferentiable((x, f, g))
         bound = now.f + _stopping.rounding(now.f)
         taken = jnp.isfinite(f) & jnp.all(jnp.isfinite(g)) & (f <= bound) & jnp.any(x != now.x)
         x, f, g, aux = _vector.where(taken, (x, f, g, aux), (now.x, now.f, now.g, now.aux))
@@ -131,10 +133,8 @@ def _step_size(problem, settings, now, d) -> tuple[Scalar, Any]:
         return problem.objective(x.astype(before.x.dtype))[0]
 
     _, state = search.update(d, state, before.x, value=before.f, grad=before.g, value_fn=value)
-    stepsize = state.learning_rate
-    if settings.linesearch != "backtracking":
-        stepsize = undifferentiable(stepsize, (now.x, now.g))
-    return stepsize, _count(state.info.num_linesearch_steps)
+    # Backtracking's step sizes are locally constant, and without a derivative exactly.
+    return state.learning_rate, _count(state.info.num_linesearch_steps)
 
 
 def _remembered(now, pair, taken, settings):
@@ -198,18 +198,18 @@ def without_derivative(tree: _T) -> _T:
     return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
-def undifferentiable(tree: Any, inputs: Any) -> Any:
-    """Return `tree`, which must not be differentiated by what `inputs` depend on."""
+def undifferentiable(tree: _T) -> _T:
+    """Return `tree`; JAX raises if it comes to differentiate it."""
 
     @jax.custom_jvp
-    def constant(tree, inputs):
+    def constant(tree):
         return tree
 
     @constant.defjvp
     def refuse(primals, tangents):
         raise NotImplementedError(_REFUSAL)
 
-    return constant(tree, inputs)
+    return constant(tree)
 
 
 _REFUSAL = (
