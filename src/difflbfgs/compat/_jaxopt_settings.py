@@ -134,8 +134,8 @@ def _search(
             return jnp.full_like(last, longest)
         return jnp.where(last <= least, longest, jnp.minimum(factor * last, max_stepsize))
 
-    def init(x):
-        state: Any = search.init(x)
+    def init(params):
+        state: Any = search.init(params)
         return state._replace(learning_rate=jnp.full_like(state.value, longest))
 
     def update(updates, state, params=None, **others):

@@ -1,6 +1,7 @@
-"""JAXopt's `LBFGS`, on this library's solver and derivative: `from difflbfgs.compat.jaxopt import`.
+"""JAXopt's `LBFGS`, on this library's solver and derivative, without JAXopt, which is archived.
 
-JAXopt is archived, and nothing of it is needed here.
+Change the import, `from difflbfgs.compat.jaxopt import LBFGS, OptStep`, and read the list of
+differences in `docs/migration.md`.
 """
 
 import contextlib
@@ -70,7 +71,8 @@ class LBFGS:
         implicit_diff_solve: `None`; a function `solve(matvec, b)` on flat real vectors, whose
             solution is accepted at a relative residual of 1e-3; a Lineax solver; or an adjoint of
             this library.
-        jit: compile. `False`: `fun` is called step by step with concrete arrays, for debugging.
+        jit: compile. `False`: take the steps in Python, without compilation, for debugging; a `fun`
+            that returns its gradient need not be JAX then, if `implicit_diff=False`.
         unroll: with `implicit_diff=False`, whether the loop may be differentiated in reverse mode.
             `"auto"`: yes. Otherwise without effect.
         verbose: 1 prints every step, 2 also what Optax reports of failing line searches.
