@@ -14,13 +14,18 @@ import pytest
 import difflbfgs
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULES = sorted(path.stem for path in (ROOT / "src" / "difflbfgs").glob("_[a-z]*.py"))
+SOURCE = ROOT / "src" / "difflbfgs"
+MODULES = sorted(
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for path in SOURCE.rglob("*.py")
+    if path.stem != "__init__"
+)
+DOCUMENTS = {"README.md": 6, **{f"docs/{path.name}": 2 for path in (ROOT / "docs").glob("*.md")}}
 
 
-def test_readme_blocks_print_what_they_say():
-    blocks = re.findall(
-        r"^```(python|text)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
-    )
+@pytest.mark.parametrize(("name", "least"), DOCUMENTS.items())
+def test_blocks_print_what_they_say(name, least):
+    blocks = re.findall(r"^```(python|text)\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S)
     names, printed = {}, ""
     for kind, block in blocks:
         if kind == "text":
@@ -30,7 +35,7 @@ def test_readme_blocks_print_what_they_say():
         with contextlib.redirect_stdout(out):
             exec(block, names)
         printed = out.getvalue()
-    assert len(blocks) >= 6
+    assert len(blocks) >= least
 
 
 @pytest.mark.parametrize("name", MODULES)

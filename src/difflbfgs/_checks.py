@@ -44,6 +44,24 @@ def check_tolerance(name: str, value: Any, optional: bool = False) -> None:
         raise ValueError(f"{name} must be nonnegative and finite, got {value!r}. {remedy}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless `value` is a positive real scalar; it may be infinite."""
+    remedy = "Pass a positive number such as 1.0."
+    if isinstance(value, bool) or not eqx.is_array_like(value) or jnp.iscomplexobj(value):
+        raise TypeError(f"{name} must be a real number, got {value!r}. {remedy}")
+    if jnp.shape(value) != ():
+        raise ValueError(f"{name} must be a scalar, got {value!r}. {remedy}")
+    if not isinstance(value, Tracer) and not float(value) > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}. {remedy}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        *others, last = (repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise unless `value` is `True` or `False`."""
     if not isinstance(value, bool):

@@ -13,9 +13,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from difflbfgs import _vector
-from difflbfgs._vector import Flag, Scalar, Vector
+from difflbfgs._vector import Count, Flag, Scalar, Vector
 
 
 class Pair(eqx.Module):
@@ -85,7 +86,17 @@ def inverse_hessian(
         )
     )
     gamma = jnp.where(curved, sy / jnp.where(curved, yy, 1), 1)
-    oldest_first = (newest_count + jnp.arange(size)) % size
+    return two_loop(S, Y, rho, gamma, newest_count)
+
+
+def two_loop(
+    S: Vector, Y: Vector, rho: Float[Array, " m"], gamma: Scalar, oldest: Count
+) -> Callable[[Vector], Vector]:
+    """Return `v -> P v` for the pairs in the rows of `S` and `Y`, from the row `oldest` on.
+
+    Rows are numbered modulo their number; one whose `rho` is zero counts for nothing.
+    """
+    oldest_first = (oldest + jnp.arange(len(rho))) % len(rho)
 
     def backward(q, i):
         s, y = jax.tree.map(lambda rows: rows[i], (S, Y))

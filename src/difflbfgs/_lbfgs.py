@@ -188,6 +188,8 @@ def search(
     fixed_reference: bool,
 ) -> Progress:
     """Take steps until the solve is over."""
+    if max_steps == 0:
+        return start
 
     def unfinished(now: Progress):
         return ~now.done & (now.num_steps < max_steps)

@@ -1,1 +1,1 @@
-"""Adapters: difflbfgs behind the interfaces of other packages."""
+"""Interfaces of other libraries, for programs that were written against them."""
