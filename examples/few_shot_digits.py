@@ -174,8 +174,9 @@ def pixel_centroid(meta: Meta, x: Images, y: Labels, query: Images) -> Answer:
     return (nearest_mean(x, query), jnp.array(True))
 
 
-# Each with its first s: of a few tried, the one that did best on digits 2, 5 and 8, held out in
-# place of the test digits. They were also what the sizes of the network were chosen by.
+# Each with its first s. It is learned from there, but 1 was a worse start than 0.3 for MAML, and
+# 0.1 and 0.3 led iMAML to more failed tasks than 1. That, and the sizes of the network, were tried
+# with digits 2, 5 and 8 held out in place of the test digits.
 METHODS: dict[str, tuple[Callable[..., Answer], float]] = {
     "iMAML": (imaml, 1.0),
     "convex head": (convex_head, 0.01),
@@ -265,40 +266,40 @@ def interval(values: Float[np.ndarray, " task"]) -> float:
 def draw(path: str, runs: dict[tuple[str, int], Run], all_shots: tuple[int, ...]) -> None:
     """Save an example task, the test accuracies, and the accuracies during meta-training."""
     figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(12.5, 4.4), width_ratios=[1, 1.5, 1.5], layout="constrained"
+        1, 3, figsize=(12.5, 4.6), width_ratios=[1.1, 1.5, 1.4], layout="constrained"
     )
     (support, _), (query, _) = sample(np.random.default_rng(2), TEST_CLASSES, 1)
     shown = np.concatenate([support[0][:, None], query[0].reshape(WAYS, QUERIES, 196)[:, :4]], 1)
     for row, column in np.ndindex(shown.shape[:2]):
-        corner = 16 * row, 16 * column + 8 * (column > 0)
-        extent = (corner[1], corner[1] + 14, corner[0] + 14, corner[0])
-        left.imshow(shown[row, column].reshape(14, 14), cmap="gray_r", extent=extent)
-    left.set(xlim=(-1, 88), ylim=(80, -1), title="a 1-shot test task: support | query")
+        x, y = 16 * column + 8 * (column > 0), 16 * row
+        picture = shown[row, column].reshape(14, 14)
+        left.imshow(picture, cmap="gray_r", extent=(x, x + 14, y + 14, y))
+    left.text(7, -3, "one image\na class", ha="center")
+    left.text(55, -3, "whose class is each of these?", ha="center")
+    left.set(xlim=(-1, 88), ylim=(79, -1))
     left.axis("off")
     names, height = list(METHODS)[::-1], 0.8 / len(all_shots)
     for k, shots in enumerate(all_shots):
         found = [100 * runs[name, shots].test for name in names]
         place = np.arange(len(names)) + ((len(all_shots) - 1) / 2 - k) * height
-        bars = middle.barh(
-            place,
-            [np.mean(test) for test in found],
-            height,
-            xerr=[interval(test) for test in found],
-            label=f"{shots}-shot",
-        )
+        means, errors = [np.mean(v) for v in found], [interval(v) for v in found]
+        color, label = ("0.8", "0.6")[k], f"{shots}-shot"
+        bars = middle.barh(place, means, height, xerr=errors, color=color, label=label)
         middle.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
-        for name, color in zip(LEARNERS, ("C2", "C3", "C4", "C5"), strict=True):
+        for j, name in enumerate(LEARNERS):
             train = runs[name, shots].train
             width = max(1, len(train) // 10)
             smooth = 100 * np.convolve(train, np.full(width, 1 / width), "valid")
-            style, label = ("-", name) if shots == all_shots[-1] else (":", None)
-            right.plot(np.arange(width, len(train) + 1), smooth, style, color=color, label=label)
+            style, label = ((":", None), ("-", name))[shots == all_shots[-1]]
+            steps = np.arange(width, len(train) + 1)
+            right.plot(steps, smooth, style, color=f"C{j}", label=label)
+    right.plot([], [], ":", color="gray", label="1-shot: dotted")
     middle.set_yticks(range(len(names)), names)
-    middle.set(xlim=(20, 100), xlabel="test accuracy on held-out digits [%], 95 % intervals")
-    right.set(xlabel=f"meta-steps of {NUM_TASKS} tasks", ylabel="accuracy on training digits [%]")
-    right.set_title("1-shot dotted, 5-shot solid", fontsize=10)
-    middle.legend(frameon=False, loc="lower right")
-    right.legend(frameon=False, loc="lower right")
+    middle.set(xlim=(20, 100), xlabel="accuracy on tasks of held-out digits [%], 95 % intervals")
+    right.set(xlabel=f"meta-steps of {NUM_TASKS} tasks", ylabel="accuracy in meta-training [%]")
+    for axis, columns in ((middle, 2), (right, 3)):
+        place = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axis.legend(ncols=columns, fontsize=9, frameon=False, **place)
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     print(f"\nsaved {path}")
@@ -333,13 +334,12 @@ def main() -> None:
     if options.quick:
         return
     for shots in all_shots:
-        for name, other in (
-            ("iMAML", base),
-            ("convex head", base),
-            ("convex head", "pixel centroid"),
-        ):
-            gain = runs[name, shots].test - runs[other, shots].test
-            assert gain.mean() >= -interval(gain), (name, other, shots)
+        test = {name: runs[name, shots].test for name in METHODS}
+        for name in ("iMAML", "convex head"):
+            gain = test[name] - test[base]
+            assert np.mean(gain) >= -interval(gain), name
+        gain = test["convex head"] - test["pixel centroid"]
+        assert np.mean(gain) > interval(gain)
 
 
 if __name__ == "__main__":
