@@ -122,10 +122,23 @@ class Progress(eqx.Module):
     num_fun_evals: Count
 
 
+def initial_memory(solver: LBFGS, x: Vector, warm: WarmStart | None) -> optax.ScaleByLBFGSState:
+    """Return the memory to begin with: that of `warm`, or an empty one."""
+    if warm is not None:
+        return warm.memory
+    state: Any = solver.engine(_vector.epsilon(x)).init(x)
+    return state[0]
+
+
 def begin(
-    solver: LBFGS, at: Point, pair: Pair, warm: WarmStart | None, num_fun_evals: Count
+    solver: LBFGS,
+    at: Point,
+    pair: Pair,
+    warm: WarmStart | None,
+    memory: optax.ScaleByLBFGSState,
+    num_fun_evals: Count,
 ) -> Progress:
-    """Return the progress before the first step, the memory holding `pair` or what `warm` holds.
+    """Return the progress before the first step, with an empty `memory` and `pair`, or `warm`'s.
 
     `pair` makes the first step as long as the curvature says, whatever the scale of the objective.
     """
@@ -140,11 +153,10 @@ def begin(
     trusted = believed & pair.is_curved()
     pair = _vector.where(trusted, pair, _curvature.isotropic(x, g, curvature))
     initial: Any = solver.engine(_vector.epsilon(x)).init(x)
-    memory, others = initial[0], initial[1:]
     scale = Scale.first(grad_norm, curvature, x_norm)
     reference = scale.reference()
     if warm is not None:
-        memory = _vector.where(trusted, warm.memory, memory)
+        memory = _vector.where(trusted, memory, _curvature.emptied(memory))
         reference = jnp.where(trusted, warm.reference, reference)
     finite = jnp.isfinite(f) & jnp.isfinite(grad_norm) & jnp.isfinite(x_norm)
     sound = _vector.where(finite, (x, g, pair), _vector.zeros_like((x, g, pair)))
@@ -164,7 +176,7 @@ def begin(
         x=x,
         f=f,
         g=g,
-        engine=(memory, *others),
+        engine=(memory, *initial[1:]),
         scale=scale,
         reference=reference,
         least_f=f,

@@ -82,8 +82,14 @@ class Outcome(eqx.Module):
     state: Any
 
     def raised(self) -> "Outcome":
-        """Return the outcome, whose use raises unless the solve converged."""
-        return raised(self, ~has_converged(self.result), self.result)
+        """Return the outcome, whose use raises unless the solve converged.
+
+        What a check guards is copied, and so the curvature pairs in `state` are left out.
+        """
+        guarded = self.x, self.f, self.result, self.stats
+        x, f, result, stats = raised(guarded, ~has_converged(self.result), self.result)
+        state = eqx.tree_at(lambda state: state.x, self.state, x)
+        return Outcome(x, f, result, stats, state)
 
 
 class Solution(eqx.Module):

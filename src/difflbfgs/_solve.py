@@ -39,15 +39,16 @@ def run(
 ) -> Outcome:
     """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
 
-    def search(at: Point, pair, num_fun_evals, idle=False):
-        start = _lbfgs.begin(solver, at, pair, warm, num_fun_evals)
-        start = eqx.tree_at(lambda start: start.done, start, start.done | idle)
+    def search(start: Progress) -> Progress:
         return _lbfgs.search(problem, start, solver, max_steps, callback, warm is not None)
 
     with jax.numpy_dtype_promotion("standard"):
         x = x0 if warm is None else warm.x
         if solver.polish == 0:
-            end, num_hvps = search(*_start(problem, x, warm)), count(0)
+            at, pair, evaluations = _start(problem, x, warm)
+            memory = _lbfgs.initial_memory(solver, x, warm)
+            start = _lbfgs.begin(solver, at, pair, warm, memory, evaluations)
+            end, num_hvps = search(start), count(0)
         else:
             last = _polished(problem, x, warm, solver, search)
             end, num_hvps = last.progress, last.num_hvps
@@ -89,16 +90,21 @@ def _polished(problem, x, warm, solver, search) -> _Round:
         def hvp(p):
             return tangent(p)[1]
 
-        def searched():
+        def curvature():
             down = _vector.unit(progress.g)
-            pair = Pair(down, hvp(down))
-            # Under `vmap` this runs for every lane as soon as one is to search.
-            here = Point(progress.x, progress.f, progress.g)
-            return search(here, pair, progress.num_fun_evals, idle=~searching)
+            return Pair(down, hvp(down))
 
         leading = (k < lead) & accepted & _is_near(progress, solver)
         searching = (k <= lead) & ~leading
-        progress = jax.lax.cond(searching, searched, lambda: progress)
+        nothing = Pair(_vector.zeros_like(progress.x), _vector.zeros_like(progress.x))
+        pair = jax.lax.cond(searching & (warm is None), curvature, lambda: nothing)
+        point = Point(progress.x, progress.f, progress.g)
+        memory, evaluations = progress.engine[0], progress.num_fun_evals
+        start = _lbfgs.begin(solver, point, pair, warm, memory, evaluations)
+        # Not to search is to search and be done: a `cond` would hold the memory twice. Under `vmap`
+        # every lane goes through it as soon as one is to search.
+        idle = eqx.tree_at(lambda p: p.done, progress, jnp.asarray(True))
+        progress = search(_vector.where(searching, start, idle))
         # The linearisation is of use only where the solve stands.
         here = jnp.where(
             searching, accepted & (progress.num_steps == 0), accepted | (k == lead + 1)
@@ -123,8 +129,9 @@ def _polished(problem, x, warm, solver, search) -> _Round:
 
     def unstarted():
         nothing = _vector.zeros_like(x)
-        here = Point(x, zero, nothing)
-        return _lbfgs.begin(solver, here, Pair(nothing, nothing), warm, count(0))
+        memory = _lbfgs.initial_memory(solver, x, warm)
+        at, pair = Point(x, zero, nothing), Pair(nothing, nothing)
+        return _lbfgs.begin(solver, at, pair, warm, memory, count(0))
 
     # Of a cold start, nothing but the shapes is known before the first round.
     before = unstarted() if warm else _vector.zeros_like(jax.eval_shape(unstarted))

@@ -100,7 +100,9 @@ class LBFGS(optx.AbstractMinimiser):
         problem, _, x = _interior(fn, y, args)
         with jax.numpy_dtype_promotion("standard"):
             at, pair, evaluations = probe(problem, x)
-            start = _lbfgs.begin(self._solver(), at, pair, None, evaluations)
+            solver = self._solver()
+            memory = _lbfgs.initial_memory(solver, x, None)
+            start = _lbfgs.begin(solver, at, pair, None, memory, evaluations)
         return _undifferentiable(_State(at.x, start))
 
     def step(self, fn, y, args, options, state, tags) -> tuple[PyTree, _State, PyTree]:
