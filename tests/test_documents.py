@@ -3,15 +3,18 @@
 import contextlib
 import doctest
 import importlib
+import inspect
 import io
 import pathlib
 import re
 import runpy
 import sys
+from typing import Any
 
 import pytest
 
 import difflbfgs
+import difflbfgs.compat.jaxopt
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "difflbfgs"
@@ -20,7 +23,26 @@ MODULES = sorted(
     for path in SOURCE.rglob("*.py")
     if path.stem != "__init__"
 )
-DOCUMENTS = {"README.md": 6, **{f"docs/{path.name}": 2 for path in (ROOT / "docs").glob("*.md")}}
+PAGES = {path.stem: path for path in sorted((ROOT / "docs").glob("*.md"))}
+WITHOUT_BLOCKS = ("api", "gallery")  # made of docstrings, which are tested as such
+DOCUMENTS = {
+    "README.md": 6,
+    **{f"docs/{stem}.md": 2 for stem in PAGES if stem not in WITHOUT_BLOCKS},
+}
+PUBLIC = [f"difflbfgs.{name}" for name in difflbfgs.__all__] + [
+    f"difflbfgs.compat.{module}.{name}"
+    for module, names in {
+        "jaxopt": difflbfgs.compat.jaxopt.__all__,
+        "optimistix": ["LBFGS"],
+    }.items()
+    for name in names
+]
+# The members that are described to the user: those of our own, and two that are inherited.
+ENDINGS = [
+    "successful",
+    "max_steps_reached",
+    *re.findall(r"^    (\w+) = \(", inspect.getsource(difflbfgs.RESULTS), re.M),
+]
 
 
 @pytest.mark.parametrize(("name", "least"), DOCUMENTS.items())
@@ -47,6 +69,47 @@ def test_docstring_examples(name):
 @pytest.mark.parametrize("name", difflbfgs.__all__)
 def test_public_names_have_docstrings(name):
     assert len(getattr(difflbfgs, name).__doc__) > 40
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_in_the_api_page(name):
+    lines = PAGES["api"].read_text().splitlines()
+    assert lines.count(f"::: {name}") == 1
+
+
+def test_the_api_page_has_nothing_else():
+    assert set(re.findall(r"^::: (\S+)", PAGES["api"].read_text(), re.M)) == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_every_ending_is_in_troubleshooting(name):
+    messages: Any = difflbfgs.RESULTS
+    section = PAGES["troubleshooting"].read_text().split(f"\n## {name}\n")[1].split("\n## ")[0]
+    assert messages[getattr(messages, name)] in section
+
+
+def test_endings_are_all():
+    assert len(ENDINGS) == 8
+
+
+def test_every_page_is_in_the_navigation():
+    configuration = (ROOT / "mkdocs.yml").read_text()
+    assert set(re.findall(r"^  - .*: (\w+)\.md$", configuration, re.M)) == set(PAGES)
+
+
+def test_every_example_is_in_the_gallery():
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    gallery = hooks["on_page_markdown"](PAGES["gallery"].read_text())
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"## {path.name}\n" in gallery
+        assert f"    python examples/{path.name}" in gallery
+        assert (f"({path.stem}.png)" in gallery) == (ROOT / f"docs/{path.stem}.png").exists()
+
+
+def test_the_citation_has_the_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {difflbfgs.__version__}\n" in citation
+    assert f'\nversion = "{difflbfgs.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.slow
