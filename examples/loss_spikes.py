@@ -1,7 +1,8 @@
 """Where the loss of a plain Optax L-BFGS loop rises, why, and what `minimize` does there.
 
 Two regressions on data with outliers, each by the loop of Optax's documentation and by `minimize`,
-with the same line search from the same start.
+with the same line search from the same start. They are two of six data sets tried: in 100 steps the
+loop rose by more than 1 % on one of them with the first loss and on two with the second.
 
 1. Least absolute deviations, `mean |Xw - y|`, with the default zoom search. The objective has kinks
    at which no step satisfies the Wolfe conditions. After 20 evaluations the search fails and hands
@@ -60,9 +61,7 @@ def redescending(w, data):
 
 
 def plain(fun, data, search, num_steps):
-    """Run Optax as its documentation does; return objectives, the evaluations of each
-    search, and the least weight 1/sᵀy stored.
-    """
+    """Run Optax as documented; return objectives, evaluations by step, least weight 1/sᵀy."""
     optimizer = optax.lbfgs(linesearch=search)
 
     def loss(w):
@@ -119,7 +118,8 @@ def report(name, values, evaluations, weight, solution, rows):
     print(f"    evaluations in that step: {evaluations[worst]}")
     print(f"    least weight 1/sᵀy in memory {weight:.1e}")
     print(
-        f"  minimize: {rows[0, 0]:.4f} to {solution.objective:.4f}, {solution.stats.num_fun_evals} evaluations"
+        f"  minimize: {rows[0, 0]:.4f} to {solution.objective:.4f}, "
+        f"{solution.stats.num_fun_evals} evaluations"
     )
     print(f"    {dl.RESULTS[solution.result] or 'successful'}")
     print(f"{'step':>8s} {'objective':>12s} {'step size':>10s} {'evaluations':>12s}")
