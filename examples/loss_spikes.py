@@ -21,6 +21,7 @@ kink nothing helps: L-BFGS is for smooth objectives, and `minimize` says so when
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def redescending(w, data):
 
 def plain(fun, data, search, num_steps):
     """Run Optax as documented; return objectives, evaluations by step, least weight 1/sᵀy."""
-    optimizer = optax.lbfgs(linesearch=search)
+    optimizer: Any = optax.lbfgs(linesearch=search)
 
     def loss(w):
         return fun(w, data)
@@ -121,7 +122,8 @@ def report(name, values, evaluations, weight, solution, rows):
         f"  minimize: {rows[0, 0]:.4f} to {solution.objective:.4f}, "
         f"{solution.stats.num_fun_evals} evaluations"
     )
-    print(f"    {dl.RESULTS[solution.result] or 'successful'}")
+    messages: Any = dl.RESULTS
+    print(f"    {messages[solution.result] or 'successful'}")
     print(f"{'step':>8s} {'objective':>12s} {'step size':>10s} {'evaluations':>12s}")
     restarts = np.flatnonzero(rows[:, 1] == 0)
     shown = {*range(1, 7), *restarts[:4], *(restarts[:4] + 1), len(rows) - 1}

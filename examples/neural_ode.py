@@ -26,6 +26,7 @@ products, and then the minimizer is found but cannot be differentiated.
 
 import argparse
 import time
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -72,6 +73,7 @@ def integrate(field, starts, adjoint):
         max_steps=STEPS,
         adjoint=adjoint,
     )
+    assert solution.ys is not None
     return solution.ys
 
 
@@ -91,13 +93,13 @@ def sample(key, number):
 TRAIN, VALID = sample(jax.random.key(1), 16), sample(jax.random.key(2), 16)
 
 
-def error(model, data, adjoint=DIRECT):
+def error(model, data, adjoint: diffrax.AbstractAdjoint = DIRECT):
     """Return the mean squared error of a model's trajectories."""
     starts, observed = data
     return jnp.mean((integrate(model, starts, adjoint) - observed) ** 2)
 
 
-def objective(model, theta, adjoint=DIRECT):
+def objective(model, theta, adjoint: diffrax.AbstractAdjoint = DIRECT):
     """Return the error on the training data and the weight decay, a layer's by its own θ."""
     sizes = [jnp.sum(layer.weight**2) + jnp.sum(layer.bias**2) for layer in model.layers]
     return error(model, TRAIN, adjoint) + jnp.dot(jnp.exp(theta), jnp.stack(sizes)) / 2
@@ -105,8 +107,9 @@ def objective(model, theta, adjoint=DIRECT):
 
 def show_what_needs_care():
     """Print how Optax takes the model, and how `minimize` takes Diffrax's default adjoint."""
+    model: Any = MODEL
     try:
-        optax.lbfgs().init(MODEL)  # type: ignore[arg-type]
+        optax.lbfgs().init(model)
     except Exception as problem:
         print(f"optax.lbfgs().init(model): {type(problem).__name__}: {str(problem)[:90]}")
     other = diffrax.RecursiveCheckpointAdjoint()
@@ -130,7 +133,7 @@ def compiled(history):
         fit = dl.minimize(objective, model, theta, solver=SOLVER, max_steps=10_000, callback=record)
         return error(fit.value, VALID), fit
 
-    program = eqx.filter_jit(jax.value_and_grad(outer, has_aux=True))
+    program: Any = eqx.filter_jit(jax.value_and_grad(outer, has_aux=True))
     return program.lower(THETA, MODEL).compile()
 
 
