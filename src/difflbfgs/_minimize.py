@@ -65,7 +65,7 @@ def minimize(
             promote, float32 at least; complex leaves are minimized over real and imaginary part.
         theta: what to differentiate by, any PyTree.
         solver: `LBFGS(...)`, or `Unrolled(...)`, whose derivative goes through its iterations.
-        adjoint: `ImplicitAdjoint(...)` or `ForwardImplicitAdjoint(...)`.
+        adjoint: `ImplicitAdjoint(...)`, `ForwardImplicitAdjoint(...)` or `QuasiNewtonAdjoint(...)`.
         has_aux: whether `fun` returns an auxiliary output as well.
         max_steps: bound on the steps of `LBFGS`.
         throw: raise, in the primal and in every derivative, jitted or not, if the solve or its

@@ -23,7 +23,8 @@ class Unrolled(eqx.Module):
     `x_K` is, and it depends on the starting point, by which it can be differentiated too. Memory
     of the gradient grows with `num_steps`; with `checkpoint=True` with its square root, for one
     more evaluation of each step. No convergence test is made: `converged` is true unless the
-    iterates stopped being finite.
+    iterates stopped being finite, for which `result` is `RESULTS.nonlinear_divergence`. A traced
+    learning rate, `optax.sgd(rate)`, is differentiated too.
 
     Args:
         optimizer: an Optax gradient transformation without line search, such as `optax.sgd(0.1)`.
