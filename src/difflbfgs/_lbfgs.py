@@ -124,10 +124,8 @@ class Progress(eqx.Module):
 
 def initial_memory(solver: LBFGS, x: Vector, warm: WarmStart | None) -> optax.ScaleByLBFGSState:
     """Return the memory to begin with: that of `warm`, or an empty one."""
-    if warm is not None:
-        return warm.memory
-    state: Any = solver.engine(_vector.epsilon(x)).init(x)
-    return state[0]
+    empty: Any = solver.engine(_vector.epsilon(x)).init(x)
+    return empty[0] if warm is None else warm.memory
 
 
 def begin(
