@@ -9,12 +9,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, PyTree
 
 from difflbfgs import _lbfgs
-from difflbfgs._checks import (
-    check_linesearch,
-    check_positive_integer,
-    check_tolerance,
-    no_type_check,
-)
+from difflbfgs._checks import no_type_check
 from difflbfgs._lbfgs import Progress
 from difflbfgs._problem import Problem, Variables, make_problem, make_variables
 from difflbfgs._solution import RESULTS, has_converged
@@ -76,10 +71,7 @@ class LBFGS(optx.AbstractMinimiser):
     verbose: bool | Callable[..., None] = eqx.field(static=True)
 
     def __init__(self, rtol, atol, memory_size=10, linesearch=None, verbose=False):
-        check_tolerance("rtol", rtol, optional=True)
-        check_tolerance("atol", atol)
-        check_positive_integer("memory_size", memory_size)
-        check_linesearch(linesearch)
+        _lbfgs.LBFGS(rtol, atol, memory_size, linesearch)  # checks what it is given
         if not isinstance(verbose, bool) and not callable(verbose):
             raise TypeError(
                 f"verbose must be True, False or a function of keyword arguments, got "
