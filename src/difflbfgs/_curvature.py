@@ -35,6 +35,13 @@ class Pair(eqx.Module):
         length = _vector.norm(self.s)
         return jnp.where(length > 0, _vector.norm(self.y) / _vector.nonzero(length), 0)
 
+    def weights(self) -> tuple[Scalar, Scalar]:
+        """Return `rho = 1 / sᵀy` and `gamma = sᵀy / yᵀy`; 0 and 1 without positive curvature."""
+        sy, yy = _vector.dot(self.s, self.y), _vector.dot(self.y, self.y)
+        curved = self.is_curved() & (sy > 0)  # sᵀy may underflow
+        rho = jnp.where(curved, 1 / jnp.where(curved, sy, 1), 0)
+        return rho, jnp.where(curved, sy / jnp.where(curved, yy, 1), 1)
+
 
 def isotropic(x: Vector, g: Vector, curvature: Scalar) -> Pair:
     """Return the pair after which the inverse Hessian is `P = I / curvature`.
@@ -71,10 +78,8 @@ def inverse_hessian(
 ) -> Callable[[Vector], Vector]:
     """Return `v -> P v`, the two-loop recursion of algorithm 7.4, newest pair included."""
     pair = newest(memory, x, g)
-    sy, yy = _vector.dot(pair.s, pair.y), _vector.dot(pair.y, pair.y)
-    curved = pair.is_curved()
-    rho_new = jnp.where(curved, 1 / jnp.where(curved, sy, 1), 0)
-    rho, newest_count = jnp.asarray(memory.weights_memory, sy.dtype), jnp.asarray(memory.count)
+    rho_new, gamma = pair.weights()
+    rho, newest_count = jnp.asarray(memory.weights_memory, gamma.dtype), jnp.asarray(memory.count)
     size = len(rho)
     slot = (newest_count - 1) % size
     rho = rho.at[slot].set(rho_new)
@@ -85,7 +90,6 @@ def inverse_hessian(
             (memory.diff_updates_memory, pair.y),
         )
     )
-    gamma = jnp.where(curved, sy / jnp.where(curved, yy, 1), 1)
     return two_loop(S, Y, rho, gamma, newest_count)
 
 

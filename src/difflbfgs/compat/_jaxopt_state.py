@@ -162,7 +162,7 @@ def from_solve(
     """Return where a solve of `minimize` ended that began after `before` steps."""
     x, g, memory = warm.x, warm.g, warm.memory
     pair = _curvature.newest(memory, x, g)
-    rho, gamma = weights(pair)
+    rho, gamma = pair.weights()
     count, size = jnp.asarray(memory.count), jnp.size(memory.weights_memory)
     iter_num = jnp.asarray(before + stats.num_steps, jnp.asarray(0).dtype)
 
@@ -187,14 +187,6 @@ def from_solve(
         num_linesearch_iter=jnp.maximum(stats.num_fun_evals - 2, 0),
         result=result,
     )
-
-
-def weights(pair: Pair) -> tuple[Scalar, Scalar]:
-    """Return `rho = 1 / sᵀy` and `gamma = sᵀy / yᵀy`; 0 and 1 without positive curvature."""
-    sy, yy = _vector.dot(pair.s, pair.y), _vector.dot(pair.y, pair.y)
-    curved = pair.is_curved() & (sy > 0)
-    rho = jnp.where(curved, 1 / jnp.where(curved, sy, 1), 0)
-    return rho, jnp.where(curved, sy / jnp.where(curved, yy, 1), 1)
 
 
 def _conjugate(tree):

@@ -25,7 +25,7 @@ from difflbfgs._vector import Flag, Scalar
 from difflbfgs._watch import Step, watch
 from difflbfgs.compat._jaxopt_objective import Objective
 from difflbfgs.compat._jaxopt_settings import Settings
-from difflbfgs.compat._jaxopt_state import Iterate, weights
+from difflbfgs.compat._jaxopt_state import Iterate
 
 _T = TypeVar("_T")
 
@@ -139,7 +139,7 @@ def _step_size(problem, settings, now, d) -> tuple[Scalar, Any]:
 
 def _remembered(now, pair, taken, settings):
     """Return the memory with the pair in it, or empty if no step was taken."""
-    rho, gamma = weights(pair)
+    rho, gamma = pair.weights()
     gamma = gamma if settings.use_gamma else jnp.ones_like(gamma)
     if len(now.rho) == 0:
         return now.S, now.Y, now.rho, jnp.ones_like(gamma)
