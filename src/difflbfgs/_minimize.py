@@ -88,6 +88,7 @@ def minimize(
 
     References:
         J. Nocedal and S. J. Wright, Numerical Optimization, 2nd ed., Springer, 2006.
+
         M. Blondel et al., Efficient and modular implicit differentiation, NeurIPS 2022.
 
     Examples:
