@@ -18,7 +18,7 @@ fits that were made anew.
 Newton polish and implicit derivative take Hessian-vector products, forward mode over reverse mode.
 Of Diffrax's ways to differentiate, `DirectAdjoint` allows that. The default,
 `RecursiveCheckpointAdjoint`, allows first derivatives in reverse mode and no others: with it
-`minimize` raises JAX's `TypeError` about forward mode, unless `LBFGS(polish=0)` does without the
+`minimize` raises a `TypeError` that says so, unless `LBFGS(polish=0)` does without the
 products, and then the minimizer is found but cannot be differentiated.
 
     python examples/neural_ode.py [--quick] [--output neural_ode.png]

@@ -101,6 +101,33 @@ def test_a_state_of_another_problem_is_refused():
     )
 
 
+def test_an_objective_without_hessian_products_says_what_to_do():
+    @jax.custom_vjp
+    def double(g):
+        return 2 * g
+
+    @jax.custom_vjp
+    def square(x):
+        return x**2
+
+    double.defvjp(lambda g: (2 * g, None), lambda _, h: (2 * h,))
+    square.defvjp(lambda x: (x**2, x), lambda x, g: (double(x) * g,))
+
+    def stubborn(x, theta):
+        return jnp.sum(square(x - theta))
+
+    plain, outer = {"solver": dl.LBFGS(polish=0)}, lambda x, _: jnp.sum(x)
+    calls = [
+        lambda t: dl.minimize(stubborn, X0, t).value,
+        jax.grad(lambda t: jnp.sum(dl.minimize(stubborn, X0, t, **plain).value)),
+        lambda t: dl.value_and_hypergrad(outer, stubborn, **plain)(t, X0),
+    ]
+    for call in calls:
+        fragments = ["Hessian", "custom_vjp", "jax.custom_jvp", "DirectAdjoint()", "polish=0"]
+        # Traced and not compiled: the error is there before a long compilation.
+        check(lambda call=call: jax.make_jaxpr(call)(1.0), TypeError, fragments)
+
+
 def test_errors_are_the_same_under_jit():
     check(
         lambda: jax.jit(lambda x: dl.minimize(lambda x, t: x, x).value)(X0),

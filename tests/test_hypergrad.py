@@ -1,5 +1,8 @@
 """`value_and_hypergrad`: right, and right about how right it is."""
 
+import functools
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -41,6 +44,35 @@ def test_value_and_gradient_are_exact(step):
     assert relative_error(grad, jax.grad(exact)(THETA)) < tolerance(jnp.float64, 100)
     assert info.result == RESULTS.successful
     assert relative_error(info.solution.value, ridge_solution(THETA)) < 1e-12
+
+
+def test_a_custom_vjp_does_no_harm():
+    @jax.custom_vjp
+    def square(w):
+        return w**2
+
+    square.defvjp(lambda w: (w**2, w), lambda w, g: (2 * w * g,))
+
+    def inner(w, theta):
+        return ridge(w, theta) + jnp.sum(square(w)) - jnp.sum(w**2)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def both(theta):
+        value, grad, _ = dl.value_and_hypergrad(outer_loss, inner)(theta, ZERO)
+        return value, grad
+
+    for grad in both(THETA):
+        assert relative_error(grad, jax.grad(exact)(THETA)) < tolerance(jnp.float64, 100)
+
+
+def test_the_forward_adjoint_does_here_what_the_other_does():
+    def program(adjoint):
+        step = dl.value_and_hypergrad(outer_loss, ridge, adjoint=adjoint)
+        return re.sub(r"0x\w+", "", str(jax.make_jaxpr(step)(THETA, ZERO)))
+
+    forward = program(dl.ForwardImplicitAdjoint(rtol=1e-3))
+    assert forward.replace("Forward", "") == program(dl.ImplicitAdjoint(rtol=1e-3))
 
 
 def test_what_is_printed_are_the_numbers():

@@ -1,7 +1,5 @@
 """The parts on their own, against naive second implementations."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -184,26 +182,6 @@ def test_unrolled_that_diverges_says_so():
     )
     six = dl.minimize(ridge, jnp.ones(5), THETA, solver=dl.Unrolled(optax.sgd(0.1), 6))
     assert jnp.allclose(again.value, six.value)
-
-
-def test_callback_sees_every_step():
-    steps = []
-    sol = dl.minimize(ridge, jnp.zeros(5), THETA, callback=steps.append)
-    jax.effects_barrier()
-    assert [int(step.num_steps) for step in steps] == list(range(1, int(sol.stats.num_steps) + 1))
-    assert all(float(step.step_size) > 0 for step in steps)
-
-
-def test_progress_bar_draws(capsys):
-    jax.jit(lambda t: dl.minimize(ridge, jnp.zeros(5), t, callback=dl.progress_bar()))(THETA)
-    jax.effects_barrier()
-    assert "grad_norm" in capsys.readouterr().err
-
-
-def test_progress_bar_without_tqdm_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(ImportError, match="pip install tqdm"):
-        dl.progress_bar()
 
 
 def test_programs_are_compared_by_what_they_compute():

@@ -159,7 +159,7 @@ class ImplicitAdjoint(_Exact):
 class ForwardImplicitAdjoint(_Exact):
     """The derivative of `ImplicitAdjoint` as a `custom_jvp`, for `jax.jvp` and `jax.jacfwd`.
 
-    For a tangent `θ̇` it solves `H ẋ = -B θ̇`. Reverse mode works too, by transposing that solve.
+    For a tangent `dθ` it solves `H dx = -B dθ`. Reverse mode works too, by transposing that solve.
     The arguments are those of `ImplicitAdjoint`.
     """
 

@@ -95,19 +95,20 @@ def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) 
 
 
 def lagrangian(inner: Problem, outer: Problem, x: Vector, u: Vector) -> Scalar:
-    """Return `F(x) - uᵀ∇f(x)`, the second term as a derivative along `u`."""
-    _, slope = jax.jvp(inner.value, (x,), (u,))
-    return outer.value(x) - slope
+    """Return `F(x) - uᵀ∇f(x)`."""
+    return outer.value(x) - _vector.dot(u, inner.gradient(x))
 
 
 def _derivatives(inner, outer, x, u):
     """Return `∇f(x)`, `∇F(x) - H u` and `∂L/∂θ` at `(x, u)`."""
 
-    def value(u, x, theta):
-        return lagrangian(inner.at(theta), outer.at(theta), x, u)
+    def gradients(problem, x):
+        return jax.grad(lambda x, theta: problem.at(theta).value(x), (0, 1))(x, inner.theta)
 
-    minus_g, left, by_theta = jax.grad(value, argnums=(0, 1, 2))(u, x, inner.theta)
-    return jax.tree.map(jnp.negative, minus_g), left, by_theta
+    # Forward mode goes over reverse mode: under a `custom_vjp` in `f` the other way is barred.
+    (g, _), along_u = jax.jvp(lambda x: gradients(inner, x), (x,), (u,))
+    left, by_theta = jax.tree.map(jnp.subtract, gradients(outer, x), along_u)
+    return g, left, by_theta
 
 
 def _estimate(inner, outer, outcome: Outcome, u, gradient, system: System, adjoint: Report):

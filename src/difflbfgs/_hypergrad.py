@@ -115,6 +115,7 @@ def value_and_hypergrad(
         inner: the inner objective, `inner(x, theta)`, as for `minimize`.
         solver: `LBFGS(...)`.
         adjoint: how `H u = ∇ₓF` is solved: `ImplicitAdjoint(...)` or `QuasiNewtonAdjoint(...)`.
+            `ForwardImplicitAdjoint(...)` does here what the first does.
         max_steps: bound on the steps of the inner solve.
         throw: raise if the inner solve or the adjoint did not converge. If `False`, `info.result`
             says what happened, the gradient is NaN and the error estimate infinite.
@@ -133,6 +134,7 @@ def value_and_hypergrad(
 
     References:
         F. Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016.
+
         M. J. Ehrhardt and L. Roberts, Analyzing inexact hypergradients for bilevel learning, IMA
         Journal of Applied Mathematics, 2023.
 

@@ -206,14 +206,9 @@ def search(
 
     def advance(now: Progress):
         after, step_size = take_step(problem, now, start.x, solver, fixed_reference)
-        record = Step(
-            num_steps=after.num_steps,
-            num_fun_evals=after.num_fun_evals,
-            objective=after.f,
-            grad_norm=_vector.norm(after.g),
-            step_size=step_size,
-        )
-        watch(callback, record)
+        grad_norm, last = _vector.norm(after.g), ~unfinished(after)
+        record = Step(after.num_steps, after.num_fun_evals, after.f, grad_norm, step_size, last)
+        watch(callback, record, unfinished(now))
         return after
 
     return jax.lax.while_loop(unfinished, advance, start)

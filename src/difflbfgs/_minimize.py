@@ -75,7 +75,8 @@ def minimize(
             instead of at `x0`, with its memory and its reference gradient norm. On regressions on
             digits, for steps of 0.1 to 1 % of `theta`, that saved 30 to 50 % of evaluations and
             Hessian products (`benchmarks/warm_starts.py`).
-        callback: called as `callback(step)` with a `difflbfgs.Step` after every step of `LBFGS`.
+        callback: called as `callback(step)` with a `difflbfgs.Step` after every step of `LBFGS`,
+            jitted or not, for example `progress_bar()`. What it raises ends the solve.
 
     Returns:
         A `difflbfgs.Solution`.
@@ -87,6 +88,7 @@ def minimize(
 
     References:
         J. Nocedal and S. J. Wright, Numerical Optimization, 2nd ed., Springer, 2006.
+
         M. Blondel et al., Efficient and modular implicit differentiation, NeurIPS 2022.
 
     Examples:

@@ -28,6 +28,10 @@ class Program:
         out = core.jaxpr_as_fun(self.jaxpr)(*jax.tree.leaves(consts), *args)
         return eqx.combine(jax.tree.unflatten(self.structure, out), self.static)
 
+    def contains(self, primitive: str) -> bool:
+        """Return whether the program calls the primitive of this name."""
+        return _contains(self.jaxpr.jaxpr, primitive)
+
     def __eq__(self, other: object) -> bool:
         return self is other or (
             isinstance(other, Program)
@@ -54,6 +58,12 @@ def trace(fun: Callable, *args: Array) -> tuple[Program, PyTree]:
 
     jaxpr = jax.make_jaxpr(opened)(consts, *args)
     return Program(jaxpr, jax.tree.structure(dynamic), static), consts
+
+
+def _contains(jaxpr: core.Jaxpr, primitive: str) -> bool:
+    inner = core.subjaxprs(jaxpr)
+    names = {eqn.primitive.name for eqn in jaxpr.eqns}
+    return primitive in names or any(_contains(part, primitive) for part in inner)
 
 
 def _same(a: Any, b: Any) -> bool:

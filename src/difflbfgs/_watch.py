@@ -1,10 +1,16 @@
 """Watching a long solve from outside the compiled program."""
 
+import sys
+import time
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+# Seconds from one line that stays to the next, in a terminal and in a log.
+_SHORT, _LONG = 1.0, 10.0
 
 
 class Step(eqx.Module):
@@ -16,6 +22,7 @@ class Step(eqx.Module):
         objective: objective at the present point.
         grad_norm: 2-norm of the gradient there.
         step_size: multiple of the proposed step that the line search chose; 0 if none was taken.
+        last: whether L-BFGS ends with this step; what follows, polish and adjoint, is not watched.
     """
 
     num_steps: Int[Array, ""]
@@ -23,16 +30,36 @@ class Step(eqx.Module):
     objective: Float[Array, ""]
     grad_norm: Float[Array, ""]
     step_size: Float[Array, ""]
+    last: Bool[Array, ""] | bool = False
 
 
-def watch(callback: Callable | None, step: Step) -> None:
-    """Call `callback` with `step` when the compiled program gets here."""
-    if callback is not None:
-        jax.debug.callback(callback, step)
+def watch(callback: Callable | None, step: Step, taken: Bool[Array, ""] | bool = True) -> None:
+    """Call `callback` with `step` when the compiled program gets here and the step is `taken`.
+
+    Lanes that are batched go through the loop until the last of them has ended. What those that
+    have ended before compute there is thrown away, and no step.
+    """
+    if callback is None:
+        return
+
+    def call(step, taken):
+        if taken:
+            callback(step)
+
+    jax.debug.callback(call, step, taken)
 
 
 def progress_bar() -> Callable[[Step], None]:
-    """Make a callback that draws a `tqdm` bar, one bar for each call.
+    """Make a callback that draws a `tqdm` bar for each solve, from its first step to its last.
+
+    In a terminal the bar moves, and its line stays when the solve ends; of solves that end within
+    a second of such a line none stays. In a notebook with `ipywidgets` it is one widget for all
+    solves. Elsewhere, as in a log file, there is a line on standard error every ten seconds and
+    one when the solve ends, again unless another solve ended less than ten seconds before.
+
+    Make it once and use it again: outside `jax.jit` a new callback compiles the solve anew. Under
+    `jax.vmap` on a CPU tasks are solved, and drawn, one after the other; on an accelerator, and on
+    several devices, the bar shows now one of them and now another.
 
     Returns:
         A function for the `callback` argument of `difflbfgs.minimize`.
@@ -41,19 +68,76 @@ def progress_bar() -> Callable[[Step], None]:
         ImportError: if `tqdm` is not installed.
     """
     try:
-        from tqdm import tqdm
+        import tqdm.auto
+        import tqdm.notebook
     except ImportError as error:
         raise ImportError(
             "progress_bar() draws with tqdm, which is not installed: pip install tqdm."
         ) from error
-    bar = tqdm(unit=" steps", mininterval=0.2)
+    return _Bar(tqdm.auto.tqdm, issubclass(tqdm.auto.tqdm, tqdm.notebook.tqdm))
 
-    def draw(step: Step) -> None:
-        bar.set_postfix(
+
+class _Bar:
+    """What `progress_bar` makes; `tqdm` is the kind of bar that suits where it is drawn."""
+
+    def __init__(self, tqdm: Any, is_widget: bool):
+        self.tqdm = tqdm
+        self.is_widget = is_widget
+        self.bar: Any = None
+        self.is_over = False  # whether the bar, a widget, shows a solve that has ended
+        self.is_log = False
+        self.kept_at = -_LONG
+
+    def __call__(self, step: Step) -> None:
+        with self.tqdm.get_lock():  # several devices call from several threads
+            self._draw(step)
+
+    def _draw(self, step):
+        if self.bar is None:
+            self.bar = self._open(int(step.num_steps))
+        elif self.is_over:
+            self.bar.reset()
+        self.bar.set_postfix(
             objective=f"{float(step.objective):.6g}",
             grad_norm=f"{float(step.grad_norm):.2e}",
             refresh=False,
         )
-        bar.update(max(int(step.num_steps) - bar.n, 0))
+        self.bar.update(int(step.num_steps) - self.bar.n)
+        self.is_over = bool(step.last)
+        if self.is_over and self.is_widget:
+            self.bar.refresh()
+        elif self.is_over:
+            self._close()
 
-    return draw
+    def _open(self, num_steps):
+        settings = {"unit": " steps", "initial": num_steps, "miniters": 1}
+        self.is_log = not self.is_widget and not sys.stderr.isatty()
+        if self.is_log:
+            settings |= {"mininterval": _LONG, "delay": _LONG, "position": 0, "file": _Lines()}
+        if not self.is_widget:
+            settings["leave"] = None  # it stays, but not below a bar of the user's
+        return self.tqdm(**settings)
+
+    def _close(self):
+        """Close the bar; its line stays unless another one came to stay shortly before."""
+        now = time.monotonic()
+        stays = now - self.kept_at >= (_LONG if self.is_log else _SHORT)
+        if stays:
+            self.kept_at = now
+        if stays and self.is_log:
+            self.bar.refresh()
+        if self.is_log or not stays:
+            self.bar.leave = False
+        self.bar.close()
+        self.bar = None
+
+
+class _Lines:
+    """A file for `tqdm` that makes a line of what it draws over and over."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
