@@ -1,6 +1,6 @@
 """What do the quasi-Newton adjoint and the L-BFGS preconditioner cost, and how wrong is the first?
 
-    python benchmarks/adjoints.py [--quick]
+    python benchmarks/adjoints.py [--quick] [--results file.json]
 
 For each problem and memory size, at the default tolerance in float64: products with the Hessian
 that conjugate gradients takes for the adjoint, plain and preconditioned with the solve's memory,
@@ -9,12 +9,11 @@ and the relative error of `QuasiNewtonAdjoint(refine=k)`, which takes k + 1 prod
 quasi-Newton adjoint within a factor of three.
 """
 
-import argparse
-
 import jax
 import numpy as np
 
 import difflbfgs as dl
+import harness
 from collection import COLLECTION, exact_hypergradient
 
 jax.config.update("jax_enable_x64", True)
@@ -24,9 +23,8 @@ REFINE = (0, 1, 2, 5, 10)
 
 def main():
     """Print the table and assert the claims."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one problem, for tests")
-    quick = parser.parse_args().quick
+    options = harness.options(__doc__, picture=False)
+    rows = []
     names = (
         "softmax e-4", "softmax e-6", "softmax e-9", "network", "hyper-cleaning", "distillation",
     )  # fmt: skip
@@ -34,10 +32,10 @@ def main():
         f"{'problem':16s} {'memory':>6s} {'products: plain':>16s} {'lbfgs':>6s}   "
         + "".join(f"{'refine=' + str(k):>11s}" for k in REFINE)
     )
-    for name in ("network",) if quick else names:
+    for name in ("network",) if options.quick else names:
         problem = COLLECTION[name]()
         exact = exact_hypergradient(problem)
-        for memory_size in (10,) if quick else (10, 30, 100):
+        for memory_size in (10,) if options.quick else (10, 30, 100):
 
             def solved(adjoint, problem=problem, exact=exact, memory_size=memory_size):
                 solver = dl.LBFGS(memory_size=memory_size)
@@ -57,12 +55,15 @@ def main():
             for refine in REFINE:
                 error, ratio, _ = solved(dl.QuasiNewtonAdjoint(refine=refine))
                 assert 1 / 3 < ratio < 3
-                errors.append(error)
+                errors.append(float(error))
+            row = {"problem": name, "memory_size": memory_size, "products": products}
+            rows.append(row | {"refine": REFINE, "errors": errors})
             print(
                 f"{name:16s} {memory_size:6d} {products[0]:16d} {products[1]:6d}   "
                 + "".join(f"{error:11.1e}" for error in errors),
                 flush=True,
             )
+    harness.record(options.results, rows, options.quick)
 
 
 if __name__ == "__main__":

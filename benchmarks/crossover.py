@@ -1,6 +1,6 @@
 """Where should the adjoint stop assembling the Hessian? Dense against CG, one hypergradient.
 
-    python benchmarks/crossover.py
+    python benchmarks/crossover.py [--quick] [--results file.json]
 
 For each size: compile both, interleave the runs, print medians and their ratio, for three kinds of
 problem: softmax regression, a small network with a proximal term, and an ill-conditioned quadratic,
@@ -9,14 +9,14 @@ certainty: it sees every curvature. Up to the threshold in use, `DENSE_SIZE`, it
 than twice as long; beyond, CG must win on the easy problems.
 """
 
-import statistics
-import time
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import difflbfgs as dl
+import harness
 from difflbfgs import _adjoint, _krylov, _linear
 
 jax.config.update("jax_enable_x64", True)
@@ -61,7 +61,7 @@ def ill_conditioned_quadratic(n):
 
 
 def compiled(problem, n, linear_solver):
-    """Return the compiled hypergradient and its argument."""
+    """Return the compiled hypergradient."""
     fun, x0, theta = problem(n)
     adjoint = dl.ImplicitAdjoint(linear_solver=linear_solver, rtol=1e-6)
     # The adjoint's own cost is what matters here, so the forward solve is loose.
@@ -70,30 +70,26 @@ def compiled(problem, n, linear_solver):
     def outer(theta):
         return jnp.sum(jnp.sin(dl.minimize(fun, x0, theta, solver=solver, adjoint=adjoint).value))
 
-    return jax.jit(jax.grad(outer)).lower(theta).compile(), theta
+    return functools.partial(harness.compiled(jax.grad(outer), theta).run, theta)
 
 
 def main():
     """Measure and print the table; assert that the threshold is a fair one."""
+    options = harness.options(__doc__, picture=False)
+    rows = []
     print(f"{'problem':26s} {'n':>5s} {'dense':>10s} {'CG':>10s} {'dense / CG':>11s}")
     for problem in (softmax_regression, proximal_network, ill_conditioned_quadratic):
         easy = problem is not ill_conditioned_quadratic
-        for n in (20, 40, 60, 100, 200, 400):
+        for n in (20, 60) if options.quick else (20, 40, 60, 100, 200, 400):
             solvers = [_linear.Dense(), _krylov.ConjugateGradient(1e-7, 100 * n)]
-            programs = [compiled(problem, n, solver) for solver in solvers]
-            seconds = [[], []]
-            for _ in range(15):
-                for (program, theta), times in zip(programs, seconds, strict=True):
-                    begin = time.perf_counter()
-                    jax.block_until_ready(program(theta))
-                    times.append(time.perf_counter() - begin)
-            dense, cg = (statistics.median(times) for times in seconds)
-            print(
-                f"{problem.__name__:26s} {n:5d} {dense * 1e3:7.2f} ms {cg * 1e3:7.2f} ms "
-                f"{dense / cg:11.2f}"
-            )
+            runs = {k: compiled(problem, n, solver) for k, solver in enumerate(solvers)}
+            dense, cg = harness.seconds(runs, 15).values()
+            name = problem.__name__
+            rows.append({"problem": name, "variables": n, "dense": dense, "cg": cg})
+            print(f"{name:26s} {n:5d} {dense * 1e3:7.2f} ms {cg * 1e3:7.2f} ms {dense / cg:11.2f}")
             assert n > _adjoint.DENSE_SIZE or dense < 2 * cg
             assert n <= _adjoint.DENSE_SIZE or not easy or cg < dense
+    harness.record(options.results, rows, options.quick)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Is the error estimate right? `error_estimate / true error` on many problems and tolerances.
 
-    python benchmarks/error_estimate.py [--quick]
+    python benchmarks/error_estimate.py [--quick] [--results file.json]
 
 In float64 each problem is solved to gradient tolerances of 1e-1, 1e-2 and 1e-3 (with the Newton
 polish) and to the default. The true error is that against dense float64 algebra. The ratio must be
@@ -10,13 +10,12 @@ the reference itself is all that is left, and the ratio is shown only.
 The products are those of the adjoint and, on top, of the estimate.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import difflbfgs as dl
+import harness
 from collection import COLLECTION, exact_hypergradient
 
 jax.config.update("jax_enable_x64", True)
@@ -26,16 +25,15 @@ ROUNDING = 1e-13
 
 def main():
     """Print the table and assert the claim."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the small problems only, for tests")
-    quick = parser.parse_args().quick
+    options = harness.options(__doc__, picture=False)
+    rows = []
     small = ("ridge", "logistic", "robust", "poisson")
     print(
         f"{'problem':18s} {'rtol':>8s} {'true error':>11s} {'estimate':>11s} {'ratio':>7s} "
         f"{'evaluations':>12s} {'products: adjoint':>18s} {'estimate':>9s}"
     )
     shares, ratios = [], []
-    for name in small if quick else COLLECTION:
+    for name in small if options.quick else COLLECTION:
         problem = COLLECTION[name]()
         exact = exact_hypergradient(problem)
         size = np.linalg.norm(exact)
@@ -59,10 +57,12 @@ def main():
                 f"{info.num_adjoint_steps:18d} {info.num_estimate_steps:9d}",
                 flush=True,
             )
+            rows.append({"problem": name, "rtol": rtol, "error": error / size, "ratio": ratio})
             if error > ROUNDING * size:
                 ratios.append(ratio)
             if problem.x0.size > 64:
                 shares.append(float(info.num_estimate_steps / info.num_adjoint_steps))
+    harness.record(options.results, rows, options.quick)
     print(f"\nratios where the error is not rounding: {min(ratios):.3f} to {max(ratios):.3f}")
     if shares:
         print(

@@ -18,7 +18,6 @@ import argparse
 import concurrent.futures
 import functools
 import itertools
-import json
 import multiprocessing
 import pathlib
 
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+import harness
 import minimizers
 import objectives
 
@@ -170,7 +170,7 @@ def main():
         tasks = zip(*itertools.product(families, TAU), strict=True)
         rows = [row for part in pool.map(measure, *tasks) for row in part]
     if options.results:
-        options.results.write_text(json.dumps(rows, indent=1))
+        harness.record(options.results, rows, options.quick)
     for dtype in TAU:
         chosen = [row for row in rows if row["dtype"] == dtype]
         print(f"\n{dtype}\n\n{table(chosen)}")

@@ -9,11 +9,7 @@ alone: 1 would be a solver that costs nothing and evaluates once a step. Optimis
 steps, the others search a line in one. Medians of interleaved repetitions.
 """
 
-import argparse
-import json
-import pathlib
-import statistics
-import time
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +19,7 @@ import optax
 import optimistix as optx
 
 import difflbfgs as dl
+import harness
 
 jax.config.update("jax_enable_x64", True)
 STEPS = 30
@@ -81,48 +78,43 @@ SOLVERS = {
 
 
 def evaluations_alone(x0):
-    """Return the seconds that one evaluation of value and gradient takes inside a loop."""
+    """Evaluate value and gradient `STEPS` times in a loop; return a number, and that one."""
 
-    @jax.jit
-    def many(x):
-        def evaluate(_, carry):
-            x, total = carry
-            f, g = jax.value_and_grad(objective)(x)
-            return x - 1e-9 * g, total + f
+    def evaluate(_, carry):
+        x, total = carry
+        f, g = jax.value_and_grad(objective)(x)
+        return x - 1e-9 * g, total + f
 
-        return jax.lax.fori_loop(0, STEPS, evaluate, (x, 0.0))
+    return jax.lax.fori_loop(0, STEPS, evaluate, (x0, 0.0))[1]
 
-    return many.lower(x0).compile(), STEPS
+
+def measure(n):
+    """Return seconds per step of each solver over those of an evaluation."""
+    x0 = jnp.asarray(np.random.default_rng(0).normal(size=n))
+    programs = {
+        name: functools.partial(harness.compiled(run, x0).run, x0)
+        for name, run in {"alone": evaluations_alone, **SOLVERS}.items()
+    }
+    steps = {name: STEPS if name == "alone" else int(run()) for name, run in programs.items()}
+    seconds = harness.seconds(programs, 5 if n >= 100_000 else 25)
+    each = {name: taken / steps[name] for name, taken in seconds.items()}
+    return {
+        "n": n,
+        "seconds alone": each["alone"],
+        **{name: each[name] / each["alone"] for name in SOLVERS},
+    }
 
 
 def main():
     """Print the table and save the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two sizes, for tests")
-    parser.add_argument("--results", type=pathlib.Path, help="where to save every number")
-    options = parser.parse_args()
+    options = harness.options(__doc__, picture=False)
     rows = []
     print(f"{'n':>8s} {'µs alone':>9s} " + " ".join(f"{name:>11s}" for name in SOLVERS))
     for n in (10, 1000) if options.quick else (10, 100, 1000, 10_000, 100_000, 1_000_000):
-        x0 = jnp.asarray(np.random.default_rng(0).normal(size=n))
-        alone, count = evaluations_alone(x0)
-        runs = {"alone": (alone, count)}
-        for name, solve in SOLVERS.items():
-            program = jax.jit(solve).lower(x0).compile()
-            runs[name] = (program, int(program(x0)))
-        seconds = {name: [] for name in runs}
-        for _ in range(5 if n >= 100_000 else 25):
-            for name, (program, count) in runs.items():
-                begin = time.perf_counter()
-                jax.block_until_ready(program(x0))
-                seconds[name].append((time.perf_counter() - begin) / count)
-        medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-        ratios = {name: medians[name] / medians["alone"] for name in SOLVERS}
-        rows.append({"n": n, "seconds alone": medians["alone"], **ratios})
-        cells = " ".join(f"{ratio:11.1f}" for ratio in ratios.values())
-        print(f"{n:8d} {1e6 * medians['alone']:9.1f} {cells}", flush=True)
-    if options.results:
-        options.results.write_text(json.dumps(rows, indent=1))
+        rows.append(measure(n))
+        cells = " ".join(f"{rows[-1][name]:11.1f}" for name in SOLVERS)
+        print(f"{n:8d} {1e6 * rows[-1]['seconds alone']:9.1f} {cells}", flush=True)
+    harness.record(options.results, rows, options.quick)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does the Newton polish pay? Cost at equal error, polish on against polish off.
 
-    python benchmarks/polish.py [--quick]
+    python benchmarks/polish.py [--quick] [--results file.json]
 
 For each problem and each of three tolerances with the polish: its error, its cost, and that of the
 loosest tolerance without polish that is at least as exact. The cost is that of one hypergradient,
@@ -9,14 +9,13 @@ seconds, medians of interleaved runs of the compiled programs. On the average (g
 polish must be cheaper in both.
 """
 
-import argparse
-import statistics
-import time
+import functools
 
 import jax
 import numpy as np
 
 import difflbfgs as dl
+import harness
 from collection import COLLECTION, exact_hypergradient
 
 jax.config.update("jax_enable_x64", True)
@@ -35,29 +34,17 @@ def hypergradient(problem, polish):
     return jax.jit(gradient).lower(1e-3).compile()
 
 
-def seconds(runs, repeats):
-    """Return the median time of each run, interleaved."""
-    times = [[] for _ in runs]
-    for _ in range(repeats):
-        for (program, rtol), taken in zip(runs, times, strict=True):
-            begin = time.perf_counter()
-            jax.block_until_ready(program(rtol))
-            taken.append(time.perf_counter() - begin)
-    return [statistics.median(taken) for taken in times]
-
-
 def main():
     """Print the table and assert the claim."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one problem, for tests")
-    quick = parser.parse_args().quick
+    options = harness.options(__doc__, picture=False)
+    rows = []
     names = ("softmax e-4", "softmax e-6", "softmax e-9", "network", "distillation")
     print(
         f"{'problem':16s} {'rtol on':>8s} {'error':>8s} {'cost':>5s} {'rtol off':>9s} "
         f"{'error':>8s} {'cost':>5s} {'cost on/off':>12s} {'time on/off':>12s}"
     )
     costs, times = [], []
-    for name in names[:1] if quick else names:
+    for name in names[:1] if options.quick else names:
         problem = COLLECTION[name]()
         exact = exact_hypergradient(problem)
         polished, plain = (hypergradient(problem, polish) for polish in (1, 0))
@@ -71,15 +58,21 @@ def main():
             gradient, cost = polished(rtol)
             enough = [row for row in without if error(row[1]) <= error(gradient)]
             other_rtol, other, other_cost = enough[0]
-            on, off = seconds([(polished, rtol), (plain, other_rtol)], 15)
+            pair = {
+                "on": functools.partial(polished, rtol),
+                "off": functools.partial(plain, other_rtol),
+            }
+            seconds = harness.seconds(pair, 15)
             costs.append(int(cost) / int(other_cost))
-            times.append(on / off)
+            times.append(seconds["on"] / seconds["off"])
+            rows.append({"problem": name, "rtol": rtol, "cost": costs[-1], "time": times[-1]})
             print(
                 f"{name:16s} {rtol:8.0e} {error(gradient):8.1e} {cost:5d} {other_rtol:9.1e} "
                 f"{error(other):8.1e} {other_cost:5d} {costs[-1]:12.2f} {times[-1]:12.2f}",
                 flush=True,
             )
     mean_cost, mean_time = (np.exp(np.mean(np.log(ratios))) for ratios in (costs, times))
+    harness.record(options.results, rows, options.quick)
     print(f"\ngeometric means: cost {mean_cost:.2f}, time {mean_time:.2f}")
     assert mean_cost < 1
     assert mean_time < 1

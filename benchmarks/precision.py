@@ -1,6 +1,6 @@
 """How exact is the default hypergradient, and is a wrong one ever silent?
 
-    python benchmarks/precision.py [--quick]
+    python benchmarks/precision.py [--quick] [--results file.json]
 
 First table: softmax regression on digits at default settings, in both precisions, against dense
 float64 algebra. The relative error must be below 1e-6 in float64 and below 2e-5 in float32.
@@ -10,7 +10,6 @@ precisions, with `throw=False`. Every hypergradient must be within tolerance, or
 result code and NaN, or by an error estimate of at least a third of the true error.
 """
 
-import argparse
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 
 import collection
 import difflbfgs as dl
+import harness
 
 jax.config.update("jax_enable_x64", True)
 
@@ -46,7 +46,8 @@ def message(result):
 
 
 def digits(quick):
-    """Print the first table and assert its claim."""
+    """Print the first table and assert its claim; return its rows."""
+    rows = []
     print("softmax regression on digits, default settings")
     print(
         f"{'decay':>6s} {'dtype':>8s} {'error':>8s} {'estimate':>9s} {'evaluations':>12s} "
@@ -67,10 +68,25 @@ def digits(quick):
                 flush=True,
             )
             assert error < TOLERANCE[dtype]
+            rows.append(row("digits", log_decay, dtype, 650, error, estimate))
+    return rows
+
+
+def row(problem, parameter, dtype: Any, n, error, estimate):
+    """Return what is recorded of a hypergradient."""
+    return {
+        "problem": problem,
+        "parameter": parameter,
+        "dtype": dtype.__name__,
+        "variables": n,
+        "error": error,
+        "estimate": estimate,
+    }
 
 
 def quadratics(quick):
-    """Print the second table and assert its claim."""
+    """Print the second table and assert its claim; return its rows."""
+    rows = []
     print("\nquadratics in 20 variables (assembled) and in 100 (conjugate gradients)")
     print(
         f"{'condition':>9s} {'dtype':>8s} {'n':>4s} {'error':>8s} {'estimate':>9s} "
@@ -103,17 +119,17 @@ def quadratics(quick):
                     f"{verdict}: {message(info.result)}",
                     flush=True,
                 )
+                rows.append(row("quadratic", condition, dtype, n, error, estimate))
     print(f"\nsilently wrong: {silent}")
     assert silent == 0
+    return rows
 
 
 def main():
-    """Print both tables and assert the claims."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a part of each table, for tests")
-    quick = parser.parse_args().quick
-    digits(quick)
-    quadratics(quick)
+    """Print both tables, assert the claims, record."""
+    options = harness.options(__doc__, picture=False)
+    rows = digits(options.quick) + quadratics(options.quick)
+    harness.record(options.results, rows, options.quick)
 
 
 if __name__ == "__main__":

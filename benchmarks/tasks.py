@@ -12,11 +12,7 @@ it says whether two rows may be compared. A contestant that takes over half a mi
 more tasks.
 """
 
-import argparse
-import json
-import pathlib
-import statistics
-import time
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +24,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 
 import difflbfgs as dl
+import harness
 
 jax.config.update("jax_enable_x64", True)
 PROXIMAL = 2.0
@@ -137,20 +134,14 @@ def measure(sizes, repeats):
                 ("map", lambda t, r=run: jax.lax.map(r, t)),
             ):
                 if (name, how) not in slow:
-                    programs[name, how] = jax.jit(mapped).lower(given).compile()
+                    program = harness.compiled(mapped, given).run
+                    programs[name, how] = functools.partial(program, given)
         errors = {}
         for key, program in programs.items():
-            found = np.asarray(program(given))[:CHECKED]
+            found = np.asarray(program())[:CHECKED]
             distance = np.linalg.norm(found - exact[:count], axis=1)
             errors[key] = float(np.max(distance / np.linalg.norm(exact[:count], axis=1)))
-        seconds = {key: [] for key in programs}
-        for _ in range(repeats):
-            for key, program in programs.items():
-                begin = time.perf_counter()
-                jax.block_until_ready(program(given))
-                seconds[key].append(time.perf_counter() - begin)
-        for key, taken in seconds.items():
-            median = statistics.median(taken)
+        for key, median in harness.seconds(programs, repeats, SLOW).items():
             slow |= {key} if median > SLOW else set()
             yield {
                 "tasks": count,
@@ -184,21 +175,16 @@ def draw(rows, path):
 
 def main():
     """Print the table, save numbers and picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="four tasks, for tests")
-    parser.add_argument("--results", type=pathlib.Path, help="where to save every number")
-    parser.add_argument("--output", type=pathlib.Path, help="where to save the picture")
-    options = parser.parse_args()
+    options = harness.options(__doc__)
     rows = []
-    for row in measure((4,) if options.quick else (1, 8, 32, 128, 512, 1024), 3):
+    for row in measure((4,) if options.quick else (1, 32, 128, 1024), 3):
         rows.append(row)
         print(
             f"{row['tasks']:5d} {row['solver']:16s} {row['how']:4s} {row['seconds']:9.3f} s "
             f"{row['tasks'] / row['seconds']:8.1f} /s  error {row['error']:.1e}",
             flush=True,
         )
-    if options.results:
-        options.results.write_text(json.dumps(rows, indent=1))
+    harness.record(options.results, rows, options.quick)
     if options.output:
         draw(rows, options.output)
 

@@ -1,6 +1,6 @@
 """The order of the error: hypergradients against the distance to the minimizer, log-log.
 
-    python benchmarks/theory.py [--quick] [--output theory.png]
+    python benchmarks/theory.py [--quick] [--results file.json] [--output theory.png]
 
 An implicit gradient at a point `x` is wrong by `O(‖x - x*‖)` (Blondel et al. 2022, theorem 1), and
 after one Newton step by `O(‖x - x*‖²)` (Ye, Peyré, Cremers and Ablin 2024); so is, but for a factor
@@ -11,8 +11,6 @@ one would leave no error at all. The slopes are fitted by least squares where th
 rounding and 30 %, printed, and asserted: within 0.15 of 1 and within 0.25 of 2.
 """
 
-import argparse
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -21,6 +19,7 @@ import numpy as np
 import optax
 
 import difflbfgs as dl
+import harness
 from collection import Problem, digits, exact_hypergradient, logistic_regression
 
 jax.config.update("jax_enable_x64", True)
@@ -90,12 +89,8 @@ def slope(distance, error):
 
 def main():
     """Measure, print the slopes, draw, and assert."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer points, for tests")
-    parser.add_argument("--output", default="theory.png", help="where to save the PNG")
-    options = parser.parse_args()
+    options = harness.options(__doc__)
+    rows = []
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained", sharey=True)
     for axis, (name, problem, learning_rate) in zip(
         axes,
@@ -110,14 +105,16 @@ def main():
             fitted = slope(distance, error)
             print(f"{name:36s} {method:30s} slope {fitted:5.2f}, theory {order}")
             axis.loglog(distance, error, marker, ms=4, label=f"{method}: slope {fitted:.2f}")
+            rows.append({"problem": name, "method": method, "slope": fitted, "theory": order})
             assert abs(fitted - order) < (0.15 if order == 1 else 0.25)
         axis.set_title(name)
         axis.set_xlabel("relative distance to the minimizer, before any polish")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     axes[0].set_ylabel("relative error of the hypergradient")
-    figure.savefig(options.output, dpi=130)
-    print(f"saved {options.output}")
+    harness.record(options.results, rows, options.quick)
+    if options.output:
+        figure.savefig(options.output, dpi=130)
 
 
 if __name__ == "__main__":

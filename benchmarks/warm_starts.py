@@ -1,6 +1,6 @@
 """What does `info.state` save? Thirty small outer steps, each started cold or warm.
 
-    python benchmarks/warm_starts.py [--quick]
+    python benchmarks/warm_starts.py [--quick] [--results file.json]
 
 Gradient descent on the weight decays of a softmax regression on digits, on the weights of the
 samples in hyper-cleaning, and on the images of a distillation; and, to see where the saving ends,
@@ -10,13 +10,12 @@ its polish and the adjoint. Warm must save at least 30 % on the large problems, 
 must be the same to 1e-6 on all.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import difflbfgs as dl
+import harness
 from collection import COLLECTION
 
 jax.config.update("jax_enable_x64", True)
@@ -39,17 +38,16 @@ def descend(problem, num_steps, step_length, warm):
 
 def main():
     """Print the table and assert the claim."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one problem, for tests")
-    quick = parser.parse_args().quick
+    options = harness.options(__doc__, picture=False)
+    rows = []
     print("every outer step moves theta by a hundredth or a thousandth of its norm")
     print(
         f"{'problem':16s} {'step':>6s} {'cold: evaluations':>18s} {'products':>9s} "
         f"{'warm: evaluations':>18s} {'products':>9s} {'saved':>7s} {'trajectory':>11s}"
     )
-    for name in NAMES[1:2] if quick else NAMES:
+    for name in NAMES[1:2] if options.quick else NAMES:
         problem = COLLECTION[name]()
-        for relative in (1e-2,) if quick else (1e-2, 1e-3):
+        for relative in (1e-2,) if options.quick else (1e-2, 1e-3):
             length = relative * float(jnp.maximum(1, jnp.linalg.norm(problem.theta)))
             cold_theta, cold = descend(problem, 30, length, warm=False)
             warm_theta, warm = descend(problem, 30, length, warm=True)
@@ -62,8 +60,10 @@ def main():
                 f"{fewer_evaluations:18d} {fewer_products:9d} {100 * saved:6.0f}% {apart:11.1e}",
                 flush=True,
             )
+            rows.append({"problem": name, "step": relative, "saved": saved, "apart": float(apart)})
             assert saved >= (0.3 if problem.x0.size > 64 else 0)
             assert apart < 1e-6
+    harness.record(options.results, rows, options.quick)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""Run every benchmark, one after the other, each in a process of its own.
+
+    pip install -e ".[benchmarks]"
+    python -m benchmarks [--quick] [--record] [names ...]
+
+With `--record`, numbers go to `benchmarks/results`, pictures to `docs`, and the tables of README.md
+are written anew. Exits with 1 if a claim does not hold.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).parent
+# In this order: what the README shows first.
+SCRIPTS = (
+    "hypergradient",
+    "growth",
+    "compiling",
+    "limit",
+    "tasks",
+    "overhead",
+    "theory",
+    "precision",
+    "error_estimate",
+    "polish",
+    "warm_starts",
+    "adjoints",
+    "crossover",
+    "forward",
+)
+
+
+def main() -> int:
+    """Run them and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", help=f"some of: {', '.join(SCRIPTS)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="a small part of each, for tests")
+    parser.add_argument("--record", action="store_true", help="keep numbers and pictures")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(SCRIPTS):
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    failed = []
+    for name in options.names or SCRIPTS:
+        command = [sys.executable, str(HERE / f"{name}.py")]
+        command += ["--quick"] if options.quick else []
+        if options.record:
+            command += ["--results", str(HERE / "results" / f"{name}.json")]
+            command += ["--output", str(HERE.parent / "docs" / f"{name}.png")]
+        print(f"\n== {name}", flush=True)
+        begin = time.perf_counter()
+        if subprocess.run(command, check=False).returncode:
+            failed.append(name)
+        print(f"-- {name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    if options.record and not failed:
+        subprocess.run([sys.executable, str(HERE / "report.py")], check=True)
+    print(f"\nfailed: {', '.join(failed)}" if failed else "\nevery claim holds")
+    return len(failed) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

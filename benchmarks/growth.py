@@ -1,0 +1,220 @@
+"""How the cost of a hypergradient grows: with variables, hyperparameters, samples and steps.
+
+    python benchmarks/growth.py [--quick] [--results file.json] [--output file.png]
+
+- variables: smoothing of a signal of `n` values with a pseudo-Huber penalty on its differences, two
+  hyperparameters. The condition number does not depend on `n`.
+- hyperparameters: logistic regression in 20 variables on 100 000 samples, in `p` groups that have
+  a learned weight each.
+- samples: the same with a weight decay for each variable, on `m` samples.
+- steps: the smoothing again, with the number of inner steps that are allowed.
+
+All are solved from zero in float64, by compiled programs, to tolerances that leave errors of like
+size; the error is the distance to a hypergradient of ours at `rtol=1e-11`. Of each are shown time
+(medians of runs that take turns), temporary memory, evaluations, and, for ours, products with the
+Hessian. The exponents are those of a least-squares line through the logarithms, over the upper
+half of the sizes: time or memory grows like size to this power.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optimistix as optx
+
+import contestants
+import difflbfgs as dl
+import harness
+from collection import Problem
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+jax.config.update("jax_enable_x64", True)
+
+
+def smoothing(n):
+    """Smooth a noisy step signal."""
+    rng = np.random.default_rng(0)
+    clean = np.repeat(rng.normal(size=-(-n // 25)), 25)[:n]
+    data, target = jnp.asarray(clean + 0.3 * rng.normal(size=n)), jnp.asarray(clean)
+
+    def inner(x, theta):
+        weight, width = jnp.exp(theta)
+        jumps = jnp.sqrt(1 + ((x[1:] - x[:-1]) / width) ** 2) - 1
+        return (jnp.sum((x - data) ** 2) / 2 + weight * width**2 * jnp.sum(jumps)) / n
+
+    def outer(x, theta):
+        return jnp.mean((x - target) ** 2)
+
+    return Problem(inner, outer, jnp.zeros(n), jnp.asarray([1.0, -1.0]))
+
+
+def logistic(samples, groups=None):
+    """Fit a logistic regression, with group weights or else with weight decays."""
+    rng = np.random.default_rng(0)
+    X, Xv = jnp.asarray(rng.normal(size=(samples, 20))), jnp.asarray(rng.normal(size=(1000, 20)))
+    truth = rng.normal(size=20)
+    y, yv = (jnp.sign(A @ truth + rng.normal(size=len(A))) for A in (X, Xv))
+    group = jnp.arange(samples) % (groups or 1)
+
+    def inner(w, theta):
+        losses = jax.nn.softplus(-y * (X @ w))
+        if groups:
+            return jnp.mean(jax.nn.sigmoid(theta)[group] * losses) + 5e-3 * jnp.sum(w**2)
+        return jnp.mean(losses) + jnp.sum(jnp.exp(theta) * w**2) / 2
+
+    def outer(w, theta):
+        return jnp.mean(jax.nn.softplus(-yv * (Xv @ w)))
+
+    return Problem(inner, outer, jnp.zeros(20), jnp.full(groups or 20, 0.0 if groups else -4.0))
+
+
+SWEEPS = {
+    "variables": (smoothing, (100, 1000, 10_000, 100_000, 1_000_000)),
+    "hyperparameters": (functools.partial(logistic, 100_000), (1, 10, 100, 1000, 10_000, 100_000)),
+    "samples": (logistic, (100, 1000, 10_000, 100_000)),
+}
+STEPS = (10, 100, 1000)
+
+
+def contest():
+    """Return the contestants: makers of programs, and the tolerance that each is given."""
+    optimistix = functools.partial(contestants.by_optimistix, solver=optx.LBFGS, cg=True)
+    return {
+        "difflbfgs": (functools.partial(contestants.difflbfgs, adjoint=None), 1e-3),
+        "JAXopt": (functools.partial(contestants.by_jaxopt, cg=True), 1e-8),
+        "Optimistix": (optimistix, 1e-8),
+        "unrolled SGD": (
+            functools.partial(contestants.unrolled, num_steps=100, optimizer=contestants.sgd),
+            0.0,
+        ),
+    }
+
+
+def products(problem, rtol):
+    """Return the Hessian products of one hypergradient of ours."""
+    step = dl.value_and_hypergrad(
+        problem.outer,
+        problem.inner,
+        solver=dl.LBFGS(rtol=rtol),
+        adjoint=dl.ImplicitAdjoint(rtol=rtol**2),
+    )
+    info = jax.jit(step)(problem.theta, problem.x0)[2]
+    return int(info.solution.stats.num_hvps + info.num_adjoint_steps)
+
+
+def measure(sweep, size, problem):
+    """Return a row for each contestant."""
+    rows, runs, exact = [], {}, None
+    for name, (make, tolerance) in contest().items():
+        made = harness.compiled(make(problem), problem.theta, problem.x0, tolerance)
+        run = functools.partial(made.run, problem.theta, problem.x0, tolerance)
+        gradient, evaluations = run()
+        row = {"sweep": sweep, "size": size, "contestant": name}
+        row |= {"bytes": made.temporary_bytes, "evaluations": int(evaluations)}
+        if name == "difflbfgs":
+            row["products"] = products(problem, tolerance)
+            exact = made.run(problem.theta, problem.x0, 1e-11)[0]
+        row["error"] = float(jnp.linalg.norm(gradient - exact) / jnp.linalg.norm(exact))
+        rows.append(row)
+        runs[len(runs)] = run
+    for key, seconds in harness.seconds(runs, 3, 5.0).items():
+        rows[key]["seconds"] = seconds
+    jax.clear_caches()
+    return rows
+
+
+def memory_by_steps():
+    """Yield rows of temporary memory against the number of steps allowed."""
+    problem = smoothing(10_000)
+
+    def ours(theta, x0, num_steps):
+        sol = dl.minimize(problem.inner, x0, theta, max_steps=num_steps, throw=False)
+        return problem.outer(sol.value, theta)
+
+    for steps in STEPS:
+        unrolled = contestants.unrolled(problem, steps, contestants.sgd)
+        gradient = jax.grad(functools.partial(ours, num_steps=steps))
+        for name, made in (
+            ("difflbfgs", harness.compiled(gradient, problem.theta, problem.x0)),
+            ("unrolled SGD", harness.compiled(unrolled, problem.theta, problem.x0, 0.0)),
+        ):
+            yield {
+                "sweep": "steps",
+                "size": steps,
+                "contestant": name,
+                "bytes": made.temporary_bytes,
+            }
+
+
+def series(rows, sweep, name, quantity):
+    """Return sizes and values of one curve."""
+    own = [row for row in rows if (row["sweep"], row["contestant"]) == (sweep, name)]
+    return np.array([row["size"] for row in own]), np.array([row[quantity] for row in own])
+
+
+def exponent(sizes, values):
+    """Return the power of the size that the values grow like, over the upper half."""
+    upper = slice((len(sizes) - 1) // 2, None)
+    return np.polyfit(np.log(sizes[upper]), np.log(values[upper]), 1)[0]
+
+
+def draw(rows, path):
+    """Save times of every sweep, and memory against steps."""
+    figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
+    for axis, (sweep, quantity) in zip(
+        axes, [*((sweep, "seconds") for sweep in SWEEPS), ("steps", "bytes")], strict=True
+    ):
+        for k, name in enumerate(contest()):
+            sizes, values = series(rows, sweep, name, quantity)
+            if len(sizes):
+                color = "black" if name == "difflbfgs" else f"C{k}"
+                scale = 1e3 if quantity == "seconds" else 2**-20
+                axis.loglog(sizes, scale * values, "o-", color=color, label=name)
+        axis.set(xlabel=sweep, ylabel="ms" if quantity == "seconds" else "MiB, temporary")
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    """Measure, print, record, draw, and assert what memory does."""
+    options = harness.options(__doc__)
+    rows = []
+    for sweep, (make, sizes) in SWEEPS.items():
+        for size in sizes[:2] if options.quick else sizes:
+            for row in measure(sweep, size, make(size)):
+                rows.append(row)
+                print(
+                    f"{sweep:15s} {size:8d} {row['contestant']:13s} {1e3 * row['seconds']:9.2f} ms "
+                    f"{row['bytes'] / 2**20:8.2f} MiB {row['evaluations']:5d} evaluations "
+                    f"error {row['error']:7.1e}"
+                    + (f" {row['products']:4d} products" if "products" in row else ""),
+                    flush=True,
+                )
+    rows += memory_by_steps()
+    for sweep in (*SWEEPS, "steps"):
+        for name in contest():
+            sizes, memory = series(rows, sweep, name, "bytes")
+            if len(sizes):
+                powers = f"memory {exponent(sizes, memory):5.2f}"
+                if sweep != "steps":
+                    powers += f", time {exponent(*series(rows, sweep, name, 'seconds')):5.2f}"
+                print(f"{sweep:15s} {name:13s} exponent of {powers}")
+    harness.record(options.results, rows, options.quick)
+    if options.output:
+        draw(rows, options.output)
+    ours, unrolled = (
+        series(rows, "steps", name, "bytes")[1] for name in ("difflbfgs", "unrolled SGD")
+    )
+    assert len(set(ours)) == 1, "temporary memory does not depend on the number of steps"
+    assert unrolled[-1] > 10 * unrolled[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""How everything here is measured: compilation apart from runs, interleaved, and recorded."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from importlib import metadata
+from typing import Any, TypeVar
+
+import jax
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+PACKAGES = ("difflbfgs", "jax", "jaxlib", "optax", "lineax", "optimistix", "jaxopt", "scipy")
+
+
+def options(description: str | None, picture: bool = True) -> argparse.Namespace:
+    """Return the command line: `quick`, `results` and, of one that draws, `output`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a small part, for tests")
+    parser.add_argument("--results", type=pathlib.Path, help="where to save every number (JSON)")
+    if picture:
+        parser.add_argument("--output", type=pathlib.Path, help="where to save the picture (PNG)")
+    return parser.parse_args()
+
+
+@dataclasses.dataclass
+class Compiled:
+    """A compiled program, and what it took to make it.
+
+    Attributes:
+        run: the program.
+        trace_seconds: for tracing and lowering.
+        compile_seconds: for XLA.
+        temporary_bytes: what it allocates for itself while it runs.
+        text: the compiled program.
+    """
+
+    run: Callable
+    trace_seconds: float
+    compile_seconds: float
+    temporary_bytes: int
+    text: str
+
+
+def compiled(fun: Callable, *args: Any) -> Compiled:
+    """Compile `fun` for these arguments."""
+    begin = time.perf_counter()
+    lowered = jax.jit(fun).lower(*args)
+    traced = time.perf_counter()
+    program: Any = lowered.compile()
+    done = time.perf_counter()
+    size = program.memory_analysis().temp_size_in_bytes
+    return Compiled(program, traced - begin, done - traced, size, program.as_text())
+
+
+def seconds(
+    runs: Mapping[_Key, Callable[[], Any]], repeats: int, budget: float = float("inf")
+) -> dict[_Key, float]:
+    """Return the median seconds of each run.
+
+    The runs take turns, so that a busy moment of the machine is shared. Each is warmed up once, and
+    left out of further turns when it has taken `budget` seconds.
+    """
+    taken: dict[_Key, list[float]] = {key: [] for key in runs}
+    for turn in range(1 + repeats):
+        for key, run in runs.items():
+            if sum(taken[key]) < budget or not taken[key]:
+                begin = time.perf_counter()
+                jax.block_until_ready(run())
+                lasted = time.perf_counter() - begin
+                # The first turn warms up; of a run that takes all its time, it is the only one.
+                if turn or lasted > budget:
+                    taken[key].append(lasted)
+    return {key: statistics.median(each) for key, each in taken.items()}
+
+
+def record(path: pathlib.Path | None, rows: Iterable[Mapping[str, Any]], quick: bool) -> None:
+    """Save the rows with what they were measured on."""
+    if path is None:
+        return
+    installed = {name: metadata.version(name) for name in PACKAGES}
+    device = jax.devices()[0]
+    run = {
+        "quick": quick,
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "device": f"{device.platform} {device.device_kind}, {platform.processor()}".strip(", "),
+        "versions": installed,
+        "rows": list(rows),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=1) + "\n")
+
+
+def recorded(path: pathlib.Path) -> dict[str, Any]:
+    """Return a run that was saved."""
+    return json.loads(path.read_text())

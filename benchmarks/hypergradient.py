@@ -1,0 +1,134 @@
+"""Error against time of hypergradients: what a user would pick instead.
+
+    pip install -e ".[benchmarks]"
+    python benchmarks/hypergradient.py [--quick] [--results file.json] [--output file.png]
+
+Six problems, of 30 to 7840 variables and 10 to 2000 hyperparameters, in float64 and float32. Each
+contestant computes one hypergradient from a cold start, as one compiled program where it can be, at
+several tolerances or numbers of steps; see `contestants.py` for how each is set. The error is that
+in the 2-norm, relative to a float64 reference; the time is the median of runs that take turns.
+
+Comparisons are at equal error: for a level such as 1e-4, the fastest run of each package whose
+error is no larger. The claims are asserted at the end.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import collection
+import harness
+import report
+from collection import COLLECTION, exact_hypergradient
+from contestants import CONTESTANTS, DENSE_LIMIT
+
+jax.config.update("jax_enable_x64", True)
+
+PROBLEMS = {
+    "logistic": COLLECTION["logistic"],
+    "softmax": COLLECTION["softmax e-6"],
+    "network": COLLECTION["network"],
+    "distillation": COLLECTION["distillation"],
+    "hyper-cleaning": COLLECTION["hyper-cleaning"],
+    "MNIST cleaning": collection.mnist_cleaning,
+}
+# In float32, one variant of each package.
+SINGLE = (
+    "difflbfgs",
+    "difflbfgs, loose adjoint",
+    "JAXopt, solve_cg",
+    "Optimistix, L-BFGS, CG",
+    "unrolled SGD",
+    "SciPy",
+)
+REPEATS, BUDGET = 5, 2.0
+# An unrolled method is not given more steps than may take so many seconds.
+LONGEST = 10.0
+
+
+def entrants(n, dtype):
+    """Yield the contestants that take part, given the number of variables."""
+    for contestant in CONTESTANTS:
+        fits = n <= DENSE_LIMIT or not contestant.dense
+        if fits and (dtype == jnp.float64 or contestant.name in SINGLE):
+            yield contestant
+
+
+def prepared(contestant, problem):
+    """Yield, for each setting, a run without arguments, seconds to compile, and temporary bytes."""
+    theta, x0 = problem.theta, problem.x0
+    if contestant.unrolled:
+        seconds = 0.0
+        for steps in contestant.settings:
+            if seconds * steps > LONGEST:
+                return
+            made = harness.compiled(contestant.make(problem, num_steps=steps), theta, x0, 0.0)
+            run = lambda made=made: made.run(theta, x0, 0.0)
+            yield steps, run, made.compile_seconds, made.temporary_bytes
+            seconds = harness.seconds({0: run}, 1, LONGEST)[0] / steps
+        return
+    compile_seconds = temporary_bytes = None
+    program = contestant.make(problem)
+    if contestant.compiled:
+        made = harness.compiled(program, theta, x0, jnp.zeros((), x0.dtype))
+        program, compile_seconds = made.run, made.compile_seconds
+        temporary_bytes = made.temporary_bytes
+    for tolerance in contestant.settings:
+        setting = jnp.asarray(tolerance, x0.dtype)
+        yield tolerance, lambda s=setting: program(theta, x0, s), compile_seconds, temporary_bytes
+
+
+def measure(name, dtype):
+    """Return a row for every contestant and setting."""
+    problem = PROBLEMS[name](dtype)
+    exact = exact_hypergradient(PROBLEMS[name](jnp.float64))
+    rows, runs = [], {}
+    for contestant in entrants(problem.x0.size, dtype):
+        for setting, run, compile_seconds, temporary_bytes in prepared(contestant, problem):
+            gradient, evaluations = run()
+            error = np.linalg.norm(np.asarray(gradient, np.float64) - exact)
+            runs[len(rows)] = run
+            rows.append(
+                {
+                    "problem": name,
+                    "dtype": dtype.__name__,
+                    "variables": problem.x0.size,
+                    "hyperparameters": problem.theta.size,
+                    "package": contestant.package,
+                    "contestant": contestant.name,
+                    "setting": setting,
+                    "error": float(error / np.linalg.norm(exact)),
+                    "evaluations": int(evaluations),
+                    "compile_seconds": compile_seconds,
+                    "temporary_bytes": temporary_bytes,
+                }
+            )
+    for key, seconds in harness.seconds(runs, REPEATS, BUDGET).items():
+        rows[key]["seconds"] = seconds
+    jax.clear_caches()
+    return rows
+
+
+def main():
+    """Measure, print, record, draw, and assert the claims."""
+    options = harness.options(__doc__)
+    rows = []
+    for dtype in (jnp.float64,) if options.quick else (jnp.float64, jnp.float32):
+        for name in ("network",) if options.quick else PROBLEMS:
+            for row in measure(name, dtype):
+                rows.append(row)
+                print(
+                    f"{name:15s} {row['dtype']:8s} {row['contestant']:32s} {row['setting']:6g} "
+                    f"error {row['error']:8.1e} {1e3 * row['seconds']:10.2f} ms "
+                    f"{row['evaluations']:6d} evaluations",
+                    flush=True,
+                )
+    harness.record(options.results, rows, options.quick)
+    print(report.hypergradient_table(rows))
+    if options.output:
+        report.draw_hypergradients(rows, options.output)
+    report.assert_hypergradients(rows)
+
+
+if __name__ == "__main__":
+    main()

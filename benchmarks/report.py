@@ -1,0 +1,159 @@
+"""Tables and pictures of recorded runs, and the claims they are to support.
+
+    python benchmarks/report.py
+
+writes the tables between the markers in README.md anew from `benchmarks/results`, and the pictures
+in `docs`.
+"""
+
+import itertools
+import math
+import pathlib
+import re
+from collections.abc import Callable
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+import harness
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LEVELS = (1e-4, 1e-6)
+OURS = "difflbfgs"
+PACKAGES = (OURS, "JAXopt", "Optimistix", "SciPy", "unrolled SGD", "unrolled Adam")
+UNROLLED = ("unrolled SGD", "unrolled Adam")
+REGRESSIONS = ("logistic", "softmax", "hyper-cleaning", "MNIST cleaning")
+
+
+def fastest(rows: list[dict], level: float, accept: Callable[[dict], bool]) -> dict | None:
+    """Return the fastest accepted row whose error is no larger than the level."""
+    reached = [row for row in rows if accept(row) and row["error"] <= level]
+    return min(reached, key=lambda row: row["seconds"], default=None)
+
+
+def by_problem(rows: list[dict], dtype: str) -> dict[str, list[dict]]:
+    """Return the rows of each problem."""
+    chosen = [row for row in rows if row["dtype"] == dtype]
+    return {name: list(own) for name, own in itertools.groupby(chosen, lambda row: row["problem"])}
+
+
+def is_peer(row: dict) -> bool:
+    """Return whether the row is a peer's that differentiates implicitly, or SciPy's."""
+    return row["package"] not in (OURS, *UNROLLED)
+
+
+def compare(rows: list[dict], level: float) -> dict[str, dict]:
+    """Return the fastest float64 runs for an error: ours, the best peer's and unrolled SGD's."""
+    return {
+        name: {
+            "ours": fastest(own, level, lambda row: row["package"] == OURS),
+            "peer": fastest(own, level, is_peer),
+            "SGD": fastest(own, level, lambda row: row["package"] == "unrolled SGD"),
+        }
+        for name, own in by_problem(rows, "float64").items()
+    }
+
+
+def milliseconds(row: dict | None) -> str:
+    """Return the time of a row for a table."""
+    return "not reached" if row is None else f"{1e3 * row['seconds']:.3g} ms"
+
+
+def hypergradient_table(rows: list[dict]) -> str:
+    """Return a table of times at equal error, and one of the least errors in float32."""
+    head = "| problem (variables, hyperparameters) | error | difflbfgs | best peer | unrolled SGD |"
+    lines = [head, "|---|---|---|---|---|"]
+    for name, own in by_problem(rows, "float64").items():
+        size = f"{name} ({own[0]['variables']}, {own[0]['hyperparameters']})"
+        for level in LEVELS:
+            found = compare(own, level)[name]
+            peer = milliseconds(found["peer"])
+            if found["peer"]:
+                peer += f" ({found['peer']['contestant']})"
+            cells = (milliseconds(found["ours"]), peer, milliseconds(found["SGD"]))
+            lines.append(f"| {size} | {level:.0e} | {' | '.join(cells)} |")
+            size = ""
+    single = by_problem(rows, "float32")
+    if single:
+        packages = [OURS, "JAXopt", "Optimistix", "SciPy", "unrolled SGD"]
+        lines += ["", f"| least error in float32 | {' | '.join(packages)} |"]
+        lines.append("|---" * (1 + len(packages)) + "|")
+        for name, own in single.items():
+            least = [
+                min(
+                    (r["error"] for r in own if r["package"] == p and r["error"] >= 0),
+                    default=math.nan,
+                )
+                for p in packages
+            ]
+            lines.append(f"| {name} | {' | '.join(f'{error:.0e}' for error in least)} |")
+    return "\n".join(lines)
+
+
+def assert_hypergradients(rows: list[dict]) -> None:
+    """Check what a run must show, whatever the machine."""
+    for name, own in by_problem(rows, "float64").items():
+        exact = fastest(own, 1e-8, lambda row: row["contestant"] == OURS)
+        assert exact, f"{name}: the default does not reach an error of 1e-8"
+        found = compare(own, 1e-4)[name]
+        unrolled = found["SGD"]
+        assert not unrolled or 10 * found["ours"]["seconds"] < unrolled["seconds"], name
+
+
+def draw_hypergradients(rows: list[dict], path: pathlib.Path) -> None:
+    """Save, for each float64 problem, the least error of each package in a given time."""
+    problems = by_problem(rows, "float64")
+    columns = min(3, len(problems))
+    figure, axes = plt.subplots(
+        math.ceil(len(problems) / columns), columns, figsize=(4.2 * columns, 7), squeeze=False
+    )
+    for axis, (name, own) in zip(axes.flat, problems.items(), strict=True):
+        for k, package in enumerate(PACKAGES):
+            color = "black" if package == OURS else f"C{k}"
+            points = sorted(
+                (1e3 * row["seconds"], max(row["error"], 1e-12))
+                for row in own
+                if row["package"] == package and math.isfinite(row["error"])
+            )
+            if not points:
+                continue
+            axis.loglog(*zip(*points, strict=True), ".", color=color, alpha=0.3, ms=5)
+            errors = itertools.accumulate((error for _, error in points), min)
+            times = [time for time, _ in points]
+            width = 2.2 if package == OURS else 1.2
+            axis.step(times, list(errors), where="post", color=color, lw=width, label=package)
+        axis.set_title(f"{name}: {own[0]['variables']} variables", fontsize=10)
+        axis.set_ylim(5e-13, 20)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("milliseconds")
+    for row in axes:
+        row[0].set_ylabel("relative error")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle("Hypergradients: the least error in a given time (float64)")
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def between(name: str, text: str, table: str) -> str:
+    """Return the text with the table between the markers of this name."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text, flags=re.S)
+
+
+def main() -> None:
+    """Write README's table and the pictures anew."""
+    readme = ROOT / "README.md"
+    rows = harness.recorded(RESULTS / "hypergradient.json")["rows"]
+    readme.write_text(between("hypergradient", readme.read_text(), hypergradient_table(rows)))
+    draw_hypergradients(rows, ROOT / "docs" / "hypergradient.png")
+
+
+if __name__ == "__main__":
+    main()
