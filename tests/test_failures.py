@@ -336,3 +336,43 @@ def test_singular_and_inconsistent_is_flagged(n):
     message = raises(jax.jit(jax.grad(lambda t: position(t, True))), theta)
     assert "true residual is above tolerance" in message
     assert jnp.all(jnp.isnan(jax.jit(jax.grad(lambda t: position(t, False)))(theta)))
+
+
+PAIRS = np.argwhere(np.triu(np.ones((6, 6)), 1))
+
+
+def distances(x):
+    return jnp.linalg.norm(x[PAIRS[:, 0]] - x[PAIRS[:, 1]], axis=1)
+
+
+def molecule(seed):
+    """Six atoms joined by springs of different stiffness that cannot all be at rest."""
+    rng = np.random.default_rng(seed)
+    stiffness = jnp.asarray(10.0 ** rng.uniform(0, 3, 15))
+    start = jnp.asarray(2 * rng.normal(size=(6, 3)))
+    rest = distances(start) + 0.3 * jnp.asarray(rng.normal(size=15))
+    return lambda x, theta: jnp.sum(stiffness * (distances(x) - theta * rest) ** 2), start
+
+
+@pytest.mark.parametrize("seed", [1, 4])
+def test_beside_the_minimum_a_rotation_is_no_saddle(seed):
+    energy, start = molecule(seed)
+
+    def pinned(x, theta):  # conditions that can be met at no cost fix all six motions
+        moved = x - start
+        torque = jnp.sum(jnp.cross(start - start.mean(0), moved), axis=0)
+        return energy(x, theta) + jnp.sum(moved.sum(0) ** 2) + jnp.sum(torque**2)
+
+    def derivative(fun, solver, loss):
+        def total(theta):
+            sol = dl.minimize(fun, start, theta, solver=solver, max_steps=5000, throw=False)
+            return loss(sol.value)
+
+        return jax.jit(jax.grad(total))(1.0)
+
+    def invariant(x):
+        return jnp.sum(jnp.sin(distances(x)))
+
+    exact = derivative(pinned, dl.LBFGS(rtol=1e-11), invariant)
+    assert relative_error(derivative(energy, dl.LBFGS(), invariant), exact) < 1e-7
+    assert jnp.isnan(derivative(energy, dl.LBFGS(), lambda x: x[0, 0]))

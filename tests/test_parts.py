@@ -59,7 +59,9 @@ def operator(matrix):
 def solve(matrix, b, solver, rounds=3, accuracy=(1e-11, 1e-8)):
     H = operator(matrix)
     b = jnp.asarray(b) / np.linalg.norm(b)
-    return _linear.System.of(H, solver, rounds=rounds).solve(b, _linear.Accuracy(*accuracy))
+    return _linear.System.of(H, solver, jnp.zeros(()), rounds=rounds).solve(
+        b, _linear.Accuracy(*accuracy)
+    )
 
 
 SOLVERS = [_linear.Dense(), ConjugateGradient(5e-12, 1000)]

@@ -16,8 +16,8 @@ from difflbfgs._checks import (
     check_tolerance,
     no_type_check,
 )
-from difflbfgs._krylov import ConjugateGradient
-from difflbfgs._linear import Accuracy, Dense, Report, System, is_negative
+from difflbfgs._krylov import ConjugateGradient, is_negative
+from difflbfgs._linear import Accuracy, Dense, Report, System
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem
 from difflbfgs._rule import Task
@@ -49,9 +49,12 @@ class AbstractAdjoint(eqx.Module):
 
     @abc.abstractmethod
     def system(
-        self, operator: SymmetricOperator, preconditioner: SymmetricOperator | None
+        self,
+        operator: SymmetricOperator,
+        slack: Scalar,
+        preconditioner: SymmetricOperator | None,
     ) -> System:
-        """Return `H u = v`, ready to be solved."""
+        """Return `H u = v`, ready to be solved; of either sign, curvature below `slack` is none."""
 
     @abc.abstractmethod
     def solve(
@@ -86,11 +89,11 @@ class _Exact(AbstractAdjoint):
         check_preconditioner(self.preconditioner)
         check_flag("approximate", self.approximate)
 
-    def system(self, operator, preconditioner):
+    def system(self, operator, slack, preconditioner):
         """Return `H u = v`, ready to be solved."""
         if self.linear_solver is None:
-            return default_system(operator, preconditioner)
-        return System.of(operator, self.linear_solver, preconditioner, rounds=1)
+            return default_system(operator, slack, preconditioner)
+        return System.of(operator, self.linear_solver, slack, preconditioner, rounds=1)
 
     def solve(self, system, v, achieved, start=None):
         """Solve the system, the forward solve having achieved this relative gradient norm."""
@@ -107,12 +110,15 @@ class _Exact(AbstractAdjoint):
         return Accuracy(wanted, jnp.maximum(wanted, eps**0.5))
 
 
-def default_system(operator: SymmetricOperator, preconditioner: SymmetricOperator | None) -> System:
+def default_system(
+    operator: SymmetricOperator, slack: Scalar, preconditioner: SymmetricOperator | None
+) -> System:
     """Return `H u = v` with the solver that suits its size."""
     n = operator.out_size()
     if n <= DENSE_SIZE and preconditioner is None:
-        return System.of(operator, Dense())
-    return System.of(operator, ConjugateGradient(0.1, min(10 * n, _MAX_PRODUCTS)), preconditioner)
+        return System.of(operator, Dense(slack), slack)
+    solver = ConjugateGradient(0.1, min(10 * n, _MAX_PRODUCTS))
+    return System.of(operator, solver, slack, preconditioner)
 
 
 @no_type_check
@@ -215,9 +221,9 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
     def __check_init__(self):
         check_natural_number("refine", self.refine)
 
-    def system(self, operator, preconditioner):
+    def system(self, operator, slack, preconditioner):
         """Return `H u = v`, ready to be solved."""
-        return default_system(operator, preconditioner)
+        return default_system(operator, slack, preconditioner)
 
     def solve(self, system, v, achieved, start=None):
         """Return `P v`, refined."""
@@ -230,7 +236,8 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
             step = system.steps(left, self.refine)
             u, products = _vector.add_scaled(u, 1, step.value), self.refine + 1
             low, high = step.stats["min_curvature"], step.stats["max_curvature"]
-            result = RESULTS.where(is_negative(low, high), RESULTS.indefinite_hessian, result)
+            negative = is_negative(low, high, system.slack)
+            result = RESULTS.where(negative, RESULTS.indefinite_hessian, result)
         return u, Report(result, count(products), jnp.full_like(low, jnp.nan), low, high)
 
     def differentiable(self, task: Task, problem: Problem) -> Outcome:

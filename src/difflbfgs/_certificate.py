@@ -76,7 +76,7 @@ def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) 
     residual = _vector.norm(_vector.add_scaled(left, -ridge, u)) / _vector.nonzero(_vector.norm(v))
     shared = shifted is H and isinstance(system.solver, Dense | ConjugateGradient)
     if not shared:
-        system = _adjoint.default_system(H, system.options.get("preconditioner"))
+        system = _adjoint.default_system(H, system.slack, system.options.get("preconditioner"))
     estimate = _estimate(inner, outer, outcome, u, gradient, system, report)
     factored = shared and isinstance(system.solver, Dense)
     return Certified(

@@ -16,7 +16,35 @@ import lineax as lx
 
 from difflbfgs import _vector
 from difflbfgs._solution import count
-from difflbfgs._vector import Scalar
+from difflbfgs._vector import Flag, Scalar, Vector
+
+# Curvature within this many eps of zero, relative to the largest, is zero.
+_ROUNDING = 100.0
+_SLACK = 10.0
+
+
+def slack(x: Vector, grad_norm: Scalar) -> Scalar:
+    """Return the curvature, of either sign, that a gradient of this norm explains.
+
+    Along a symmetry of the objective, such as the rotations of a molecule, there is none at the
+    minimum. Beside it there is: with `A` the generator of a rotation, `H A x = A g`.
+    """
+    length = _vector.norm(x)
+    return jnp.where(length > 0, _SLACK * grad_norm / _vector.nonzero(length), 0)
+
+
+def zero_curvature(high: Scalar, slack: Any) -> Scalar:
+    """Return how far from zero a curvature may be and mean nothing, given the largest.
+
+    No more than `√eps` of the largest is forgiven for the sake of a slack.
+    """
+    eps = jnp.finfo(high.dtype).eps
+    return jnp.maximum(_ROUNDING * eps * high, jnp.minimum(slack, eps**0.5 * high))
+
+
+def is_negative(low: Scalar, high: Scalar, slack: Scalar) -> Flag:
+    """Return whether the lowest curvature is negative beyond rounding and a `slack`."""
+    return low < -zero_curvature(high, slack)
 
 
 class Ritz(eqx.Module):

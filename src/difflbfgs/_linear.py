@@ -15,12 +15,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from difflbfgs import _vector
-from difflbfgs._krylov import ConjugateGradient, SymmetricSolver
+from difflbfgs._krylov import ConjugateGradient, SymmetricSolver, is_negative, zero_curvature
 from difflbfgs._solution import RESULTS, count
-from difflbfgs._vector import Count, Flag, Scalar, Vector
-
-# Curvature within this many eps of zero, relative to the largest, is zero.
-_ZERO_CURVATURE = 100.0
+from difflbfgs._vector import Count, Scalar, Vector
 
 
 class Report(eqx.Module):
@@ -52,8 +49,11 @@ class Dense(SymmetricSolver):
     """Cholesky factorisation of the assembled matrix, once for all right-hand sides.
 
     Where it breaks down or meets a pivot at rounding level, an eigendecomposition takes over: it
-    finds the solution of least norm if the matrix is singular, and tells how negative it is.
+    finds the solution of least norm if the matrix is singular, and tells how negative it is. There,
+    eigenvalues within rounding or `slack` of zero are zero.
     """
+
+    slack: Any = 0.0
 
     def init(self, operator, options):
         """Assemble and factorise."""
@@ -90,8 +90,7 @@ class Dense(SymmetricSolver):
         _, factor, (values, vectors), extremes, sound = state
         flat, unravel = ravel_pytree(vector)
         with_factor = lx.Cholesky().compute(factor, flat, {})[0]
-        noise = _ZERO_CURVATURE * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(values))
-        nonzero = jnp.abs(values) > noise
+        nonzero = jnp.abs(values) > zero_curvature(jnp.max(jnp.abs(values)), self.slack)
         inverse = jnp.where(nonzero, 1 / jnp.where(nonzero, values, 1), 0)
         with_spectrum = vectors @ (inverse * (vectors.T @ flat))
         low = jnp.where(sound, extremes[0], jnp.min(values))
@@ -109,6 +108,7 @@ class System(eqx.Module):
         solver: any Lineax solver. `ConjugateGradient` is told by each solve how far to go.
         state: what `solver.init` made of the operator.
         options: the solver's options, perhaps a preconditioner.
+        slack: curvature that says nothing, see `_krylov.slack`.
         rounds: how many times to solve, at most: once, and then for the residual that is left.
     """
 
@@ -116,6 +116,7 @@ class System(eqx.Module):
     solver: lx.AbstractLinearSolver
     state: Any
     options: dict[str, Any]
+    slack: Scalar
     rounds: int = eqx.field(static=True)
 
     @classmethod
@@ -123,12 +124,14 @@ class System(eqx.Module):
         cls,
         operator: lx.AbstractLinearOperator,
         solver: lx.AbstractLinearSolver,
+        slack: Scalar,
         preconditioner: lx.AbstractLinearOperator | None = None,
         rounds: int = 3,
     ) -> "System":
         """Let the solver prepare."""
         options = {} if preconditioner is None else {"preconditioner": preconditioner}
-        return cls(operator, solver, solver.init(operator, options), options, rounds)
+        state = solver.init(operator, options)
+        return cls(operator, solver, state, options, slack, rounds)
 
     def solve(
         self,
@@ -189,7 +192,7 @@ class System(eqx.Module):
             residual <= accuracy.accepted, RESULTS.successful, RESULTS.adjoint_not_converged
         )
         if not indefinite:
-            negative = is_negative(low, high)
+            negative = is_negative(low, high, self.slack)
             result = RESULTS.where(negative, RESULTS.indefinite_hessian, result)
         return u, Report(result, steps, residual, low, high)
 
@@ -205,11 +208,6 @@ class System(eqx.Module):
         """Return what so many steps of conjugate gradients make of `H u = v`."""
         solver = ConjugateGradient(_vector.epsilon(v), num_steps)
         return lx.linear_solve(self.operator, v, solver, options=self.options, throw=False)
-
-
-def is_negative(low: Scalar, high: Scalar) -> Flag:
-    """Return whether the lowest curvature is negative beyond rounding."""
-    return low < -_ZERO_CURVATURE * jnp.finfo(low.dtype).eps * high
 
 
 def _rayleigh(u, hu) -> Float[Array, ""]:

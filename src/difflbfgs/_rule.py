@@ -20,7 +20,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
-from difflbfgs import _curvature, _solve, _vector
+from difflbfgs import _curvature, _krylov, _solve, _vector
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import Report, System
 from difflbfgs._operator import SymmetricOperator
@@ -84,7 +84,9 @@ class Task(eqx.Module):
         """Return `H u = v`, preconditioned and ready to be solved."""
         apply = self._preconditioner(outcome)
         preconditioner = None if apply is None else SymmetricOperator.of(apply, outcome.x)
-        return self.adjoint.system(operator, preconditioner)
+        grad_norm = jax.lax.stop_gradient(outcome.stats.grad_norm)
+        slack = _krylov.slack(jax.lax.stop_gradient(outcome.x), grad_norm)
+        return self.adjoint.system(operator, slack, preconditioner)
 
     def solve_system(
         self, system: System, outcome: Outcome, v: Vector, start: Vector | None = None

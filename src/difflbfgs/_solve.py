@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from difflbfgs import _lbfgs, _stopping, _vector
 from difflbfgs._curvature import Pair
+from difflbfgs._krylov import is_negative, slack
 from difflbfgs._lbfgs import LBFGS, Progress, WarmStart
 from difflbfgs._newton import newton_step
 from difflbfgs._problem import Problem
@@ -145,10 +146,10 @@ def _judge(now: _Round, f, g, solver) -> tuple[Progress, Flag]:
     In the first round it is where the solve starts.
     """
     before = now.progress
-    grad_norm = _vector.norm(g)
+    before_norm, grad_norm = _vector.norm(before.g), _vector.norm(g)
     accepted = (now.number == 0) | (
-        (now.min_curvature > 0)
-        & (grad_norm < _vector.norm(before.g))
+        ~is_negative(now.min_curvature, now.max_curvature, slack(before.x, before_norm))
+        & (grad_norm < before_norm)
         & (f <= before.f + before.scale.noise(before.f))
     )
     x, f, g = _vector.where(accepted, (now.candidate, f, g), (before.x, before.f, before.g))
