@@ -203,7 +203,7 @@ def by_scipy(problem: Problem) -> Callable:
     return hypergradient
 
 
-LOOSE_TO_TIGHT = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
+LOOSE_TO_TIGHT = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10)
 STEPS = (10, 100, 1000)
 partial = functools.partial
 

@@ -32,8 +32,8 @@ PROBLEMS = {
     "hyper-cleaning": COLLECTION["hyper-cleaning"],
     "MNIST cleaning": collection.mnist_cleaning,
 }
-# In float32, one variant of each package.
-SINGLE = (
+# In float32, and in quick mode, only these take part.
+SELECTED = (
     "difflbfgs",
     "difflbfgs, loose adjoint",
     "JAXopt, solve_cg",
@@ -46,11 +46,11 @@ REPEATS, BUDGET = 5, 2.0
 LONGEST = 10.0
 
 
-def entrants(n, dtype):
+def entrants(n, selected):
     """Yield the contestants that take part, given the number of variables."""
     for contestant in CONTESTANTS:
         fits = n <= DENSE_LIMIT or not contestant.dense
-        if fits and (dtype == jnp.float64 or contestant.name in SINGLE):
+        if fits and (not selected or contestant.name in SELECTED):
             yield contestant
 
 
@@ -78,12 +78,12 @@ def prepared(contestant, problem):
         yield tolerance, lambda s=setting: program(theta, x0, s), compile_seconds, temporary_bytes
 
 
-def measure(name, dtype):
+def measure(name, dtype, selected):
     """Return a row for every contestant and setting."""
     problem = PROBLEMS[name](dtype)
     exact = exact_hypergradient(PROBLEMS[name](jnp.float64))
     rows, runs = [], {}
-    for contestant in entrants(problem.x0.size, dtype):
+    for contestant in entrants(problem.x0.size, selected):
         for setting, run, compile_seconds, temporary_bytes in prepared(contestant, problem):
             gradient, evaluations = run()
             error = np.linalg.norm(np.asarray(gradient, np.float64) - exact)
@@ -115,7 +115,7 @@ def main():
     rows = []
     for dtype in (jnp.float64,) if options.quick else (jnp.float64, jnp.float32):
         for name in ("network",) if options.quick else PROBLEMS:
-            for row in measure(name, dtype):
+            for row in measure(name, dtype, options.quick or dtype == jnp.float32):
                 rows.append(row)
                 print(
                     f"{name:15s} {row['dtype']:8s} {row['contestant']:32s} {row['setting']:6g} "

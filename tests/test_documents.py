@@ -113,6 +113,15 @@ def test_the_citation_has_the_version():
 
 
 @pytest.mark.slow
+def test_the_table_in_the_readme_is_the_one_last_recorded(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report: Any = importlib.import_module("report")
+    rows = report.harness.recorded(report.RESULTS / "hypergradient.json")["rows"]
+    readme = (ROOT / "README.md").read_text()
+    assert report.between("hypergradient", readme, report.hypergradient_table(rows)) == readme
+    assert readme.count("<!-- hypergradient -->") == 1
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_examples_run(path, monkeypatch, tmp_path):
     picture = tmp_path / "picture.png"
