@@ -204,7 +204,7 @@ def by_scipy(problem: Problem) -> Callable:
 
 
 LOOSE_TO_TIGHT = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10)
-STEPS = (10, 100, 1000)
+STEPS = (10, 100, 300, 1000)
 partial = functools.partial
 
 CONTESTANTS = (

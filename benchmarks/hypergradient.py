@@ -41,7 +41,7 @@ SELECTED = (
     "unrolled SGD",
     "SciPy",
 )
-REPEATS, BUDGET = 5, 2.0
+REPEATS, BUDGET = 3, 0.5
 # An unrolled method is not given more steps than may take so many seconds.
 LONGEST = 10.0
 

@@ -100,8 +100,8 @@ def assert_hypergradients(rows: list[dict]) -> None:
         exact = fastest(own, 1e-8, lambda row: row["contestant"] == OURS)
         assert exact, f"{name}: the default does not reach an error of 1e-8"
         found = compare(own, 1e-4)[name]
-        unrolled = found["SGD"]
-        assert not unrolled or 10 * found["ours"]["seconds"] < unrolled["seconds"], name
+        factor = 10 if name in REGRESSIONS else 3
+        assert found["SGD"] is None or found["SGD"]["seconds"] > factor * found["ours"]["seconds"]
 
 
 def draw_hypergradients(rows: list[dict], path: pathlib.Path) -> None:

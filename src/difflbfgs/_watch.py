@@ -32,6 +32,10 @@ class Step(eqx.Module):
     step_size: Float[Array, ""]
     last: Bool[Array, ""] | bool = False
 
+    def __repr__(self) -> str:
+        """Show the numbers, not only their types."""
+        return eqx.tree_pformat(self, short_arrays=False)
+
 
 def watch(callback: Callable | None, step: Step, taken: Bool[Array, ""] | bool = True) -> None:
     """Call `callback` with `step` when the compiled program gets here and the step is `taken`.
