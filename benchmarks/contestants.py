@@ -210,7 +210,10 @@ partial = functools.partial
 CONTESTANTS = (
     Contestant("difflbfgs", "", difflbfgs, LOOSE_TO_TIGHT),
     Contestant(
-        "difflbfgs", "loose adjoint", partial(difflbfgs, adjoint=None), (0.3, 0.1, 0.03, 0.01, 1e-3)
+        "difflbfgs",
+        "loose adjoint",
+        partial(difflbfgs, adjoint=None),
+        (0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4),
     ),
     Contestant("difflbfgs", "polish=0", partial(difflbfgs, polish=0), LOOSE_TO_TIGHT),
     Contestant(

@@ -123,7 +123,7 @@ def main():
                     f"{row['evaluations']:6d} evaluations",
                     flush=True,
                 )
-    harness.record(options.results, rows, options.quick)
+            harness.record(options.results, rows, options.quick)  # an unfinished run is of use
     print(report.hypergradient_table(rows))
     if options.output:
         report.draw_hypergradients(rows, options.output)
