@@ -40,7 +40,6 @@ class Contestant:
         variant: which of the package's settings differ from its defaults.
         make: from a problem to the program; if unrolled, from a problem and a number of steps.
         settings: tolerances to try, from loose to tight, or numbers of steps.
-        dense: it assembles a matrix of `n` by `n` numbers.
         compiled: the program is JAX's, to be compiled whole.
         unrolled: its settings are numbers of steps.
     """
@@ -49,7 +48,6 @@ class Contestant:
     variant: str
     make: Callable
     settings: tuple[Any, ...]
-    dense: bool = False
     compiled: bool = True
     unrolled: bool = False
 
@@ -221,7 +219,6 @@ CONTESTANTS = (
         "Cholesky",
         partial(difflbfgs, adjoint=dl.ImplicitAdjoint(lx.Cholesky())),
         LOOSE_TO_TIGHT,
-        dense=True,
     ),
     Contestant(
         "difflbfgs",
@@ -236,7 +233,6 @@ CONTESTANTS = (
         "L-BFGS",
         partial(by_optimistix, solver=optx.LBFGS),
         LOOSE_TO_TIGHT,
-        dense=True,
     ),
     Contestant(
         "Optimistix",
@@ -244,15 +240,12 @@ CONTESTANTS = (
         partial(by_optimistix, solver=optx.LBFGS, cg=True),
         LOOSE_TO_TIGHT,
     ),
-    Contestant(
-        "Optimistix", "BFGS", partial(by_optimistix, solver=optx.BFGS), LOOSE_TO_TIGHT, dense=True
-    ),
+    Contestant("Optimistix", "BFGS", partial(by_optimistix, solver=optx.BFGS), LOOSE_TO_TIGHT),
     Contestant(
         "Optimistix",
         "BFGS, CG",
         partial(by_optimistix, solver=optx.BFGS, cg=True),
         LOOSE_TO_TIGHT,
-        dense=True,
     ),
     Contestant(
         "Optimistix", "L-BFGS, checkpointed", optimistix_checkpointed, (30, 100), unrolled=True

@@ -12,6 +12,8 @@ Comparisons are at equal error: for a level such as 1e-4, the fastest run of eac
 error is no larger. The claims are asserted at the end.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ PROBLEMS = {
     "hyper-cleaning": COLLECTION["hyper-cleaning"],
     "MNIST cleaning": collection.mnist_cleaning,
 }
-# In float32, and in quick mode, only these take part.
+# In float32, in quick mode, and where a matrix would not fit, only these take part.
 SELECTED = (
     "difflbfgs",
     "difflbfgs, loose adjoint",
@@ -47,11 +49,9 @@ LONGEST = 10.0
 
 
 def entrants(n, selected):
-    """Yield the contestants that take part, given the number of variables."""
-    for contestant in CONTESTANTS:
-        fits = n <= DENSE_LIMIT or not contestant.dense
-        if fits and (not selected or contestant.name in SELECTED):
-            yield contestant
+    """Return the contestants that take part, given the number of variables."""
+    everyone = n <= DENSE_LIMIT and not selected
+    return [each for each in CONTESTANTS if everyone or each.name in SELECTED]
 
 
 def prepared(contestant, problem):
@@ -78,15 +78,28 @@ def prepared(contestant, problem):
         yield tolerance, lambda s=setting: program(theta, x0, s), compile_seconds, temporary_bytes
 
 
+@functools.cache
+def exact(name):
+    """Return the hypergradient to compare with."""
+    return exact_hypergradient(PROBLEMS[name](jnp.float64))
+
+
 def measure(name, dtype, selected):
     """Return a row for every contestant and setting."""
+    reference = exact(name)
+    # Optimistix's L-BFGS takes float32 only where float64 is off.
+    with jax.enable_x64(dtype == jnp.float64):
+        return compared(name, dtype, selected, reference)
+
+
+def compared(name, dtype, selected, reference):
+    """Return these rows, given the hypergradient to compare with."""
     problem = PROBLEMS[name](dtype)
-    exact = exact_hypergradient(PROBLEMS[name](jnp.float64))
     rows, runs = [], {}
     for contestant in entrants(problem.x0.size, selected):
         for setting, run, compile_seconds, temporary_bytes in prepared(contestant, problem):
             gradient, evaluations = run()
-            error = np.linalg.norm(np.asarray(gradient, np.float64) - exact)
+            error = np.linalg.norm(np.asarray(gradient, np.float64) - reference)
             runs[len(rows)] = run
             rows.append(
                 {
@@ -97,7 +110,7 @@ def measure(name, dtype, selected):
                     "package": contestant.package,
                     "contestant": contestant.name,
                     "setting": setting,
-                    "error": float(error / np.linalg.norm(exact)),
+                    "error": float(error / np.linalg.norm(reference)),
                     "evaluations": int(evaluations),
                     "compile_seconds": compile_seconds,
                     "temporary_bytes": temporary_bytes,
