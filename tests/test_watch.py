@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,12 @@ def shown(text):
     return [re.split(r"\r(?=.)", line.rstrip("\r "))[-1].strip() for line in text.split("\n")]
 
 
+def set_clock(monkeypatch, *seconds):
+    """Let the bar, but nothing else of the process, read `seconds` from the clock, one a call."""
+    clock = iter(seconds)
+    monkeypatch.setattr(_watch, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+
 def test_in_a_terminal_the_last_state_stays_on_a_line():
     text = in_terminal(lambda: play(dl.progress_bar(), 25))
     last, rest = shown(text)
@@ -84,8 +91,7 @@ def test_in_a_terminal_the_last_state_stays_on_a_line():
 
 
 def test_in_a_terminal_one_line_stays_each_second(monkeypatch):
-    clock = iter([0.0, 0.5, 0.9, 1.1])
-    monkeypatch.setattr(_watch.time, "monotonic", lambda: next(clock))
+    set_clock(monkeypatch, 0.0, 0.5, 0.9, 1.1)
     text = in_terminal(lambda: play(dl.progress_bar(), 3, 4, 5, 6))
     assert re.findall(COUNT, "\n".join(shown(text))) == ["3", "6"]
 
@@ -123,8 +129,7 @@ print(jax.jit(jax.vmap(solve))(jnp.ones(3)).tolist())
 
 
 def test_a_log_gets_a_line_every_ten_seconds(capsys, monkeypatch):
-    clock = iter([0.0, 9.0, 11.0])
-    monkeypatch.setattr(_watch.time, "monotonic", lambda: next(clock))
+    set_clock(monkeypatch, 0.0, 9.0, 11.0)
     bar = dl.progress_bar()
     play(bar, 3, 4, 5)
     assert re.findall(COUNT + "\n", capsys.readouterr().err) == ["3", "5"]
