@@ -133,7 +133,7 @@ def test_a_log_gets_a_line_every_ten_seconds(capsys, monkeypatch):
     bar = dl.progress_bar()
     play(bar, 3, 4, 5)
     assert re.findall(COUNT + "\n", capsys.readouterr().err) == ["3", "5"]
-    monkeypatch.setattr(_watch.time, "monotonic", lambda: 30.0)
+    set_clock(monkeypatch, 30.0)
     monkeypatch.setattr(_watch, "_LONG", 0.0)  # every step is late
     play(bar, 4)
     assert re.findall(COUNT + "\n", capsys.readouterr().err) == ["2", "3", "4", "4"]
