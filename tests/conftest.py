@@ -7,8 +7,10 @@ import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+# Nearly all of the suite's time is XLA's, which compiles small problems longer than they run.
+jax.config.update("jax_disable_most_optimizations", True)
 if jax.__version__.startswith("0.10."):
-    # Nearly all of the suite's time is XLA's; this code generator, gone since, is twice as slow.
+    # This code generator, gone since, takes twice as long.
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
     )

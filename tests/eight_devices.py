@@ -71,6 +71,25 @@ def test_sharded_data():
     assert info.error_estimate < 1e-8
 
 
+def test_shard_map_in_the_objective():
+    def mapped(w, theta, *data):
+        return jax.lax.pmean(inner(w, (theta, data)), "devices")
+
+    spread, whole = PartitionSpec("devices"), PartitionSpec()
+    everywhere = jax.shard_map(
+        mapped, mesh=MESH, in_specs=(whole, whole, spread, spread), out_specs=whole
+    )
+
+    def loss(theta, data):
+        w = dl.minimize(lambda w, theta: everywhere(w, theta, *data), jnp.zeros(6), theta).value
+        return outer(w, (theta, data))
+
+    data = jax.device_put((X, Y), SPREAD)
+    program = jax.jit(jax.grad(loss)).lower(THETA, data).compile()
+    assert close(program(THETA, data), hypergradient((X, Y))(THETA, (X, Y)))
+    assert collectives(program) == {"all-reduce"}
+
+
 def test_failures_on_sharded_data():
     data = jax.device_put((X, Y), SPREAD)
     assert np.all(np.isnan(hypergradient(data, max_steps=1, throw=False)(THETA, data)))

@@ -101,6 +101,34 @@ def test_inside_shard_map(options):
         assert relative_error(jax.jit(sharded)(thetas), exact) < 1e-9
 
 
+def test_what_jax_shard_map_cannot_check_names_the_remedy():
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("tasks",))
+    spec = jax.sharding.PartitionSpec("tasks")
+    solve = jax.shard_map(jax.vmap(loss()), mesh=mesh, in_specs=spec, out_specs=spec)
+    with pytest.raises(ValueError, match=r"axis 'tasks'.*check_vma=False"):
+        solve(jnp.stack([THETA, 2 * THETA]))
+
+
+@pytest.mark.parametrize("transform", ["shard_map", "vmap"])
+def test_an_objective_that_spans_devices_or_lanes_raises(transform):
+    def solve(theta):
+        return dl.minimize(
+            lambda x, t: jax.lax.pmean(ridge(x, t), "data"), jnp.zeros(5), theta
+        ).value
+
+    thetas = jnp.stack([THETA, 2 * THETA])
+    if transform == "vmap":
+        mapped = jax.vmap(solve, axis_name="data")
+    else:
+        mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
+        spec = jax.sharding.PartitionSpec("data")
+        mapped = jax.shard_map(
+            jax.vmap(solve), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+    with pytest.raises(ValueError, match=r"axis 'data'.*jax\.shard_map inside"):
+        mapped(thetas)
+
+
 def test_an_adjoint_stopped_early_leaves_the_primal_alone():
     assert jnp.isfinite(jax.jit(loss(**STARVED))(THETA))
 

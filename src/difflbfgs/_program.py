@@ -49,15 +49,45 @@ def trace(fun: Callable, *args: Array) -> tuple[Program, PyTree]:
 
     It is traced twice: a jaxpr may carry the arrays that it closes over, and in the second one they
     are arguments.
+
+    Raises:
+        ValueError: if it talks to other devices or lanes, or `jax.shard_map` is to check its types.
     """
     closed, dynamic, static = eqx.filter_make_jaxpr(fun)(*args)
     consts = list(closed.consts)
+    _check_alone(closed, [*consts, *args])
 
     def opened(consts, *args):
         return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))(*args)
 
     jaxpr = jax.make_jaxpr(opened)(consts, *args)
     return Program(jaxpr, jax.tree.structure(dynamic), static), consts
+
+
+def _check_alone(closed: core.ClosedJaxpr, inputs: list[Array]) -> None:
+    """Raise a `ValueError` unless the function can be minimized on one device, in one lane."""
+    axes = {getattr(effect, "name", effect) for effect in closed.effects if _is_of_axis(effect)}
+    if axes:
+        raise ValueError(
+            f"the objective uses the axis {_listed(axes)} of a jax.shard_map or jax.vmap around "
+            "the solve. Derivatives of what devices or lanes exchange there are not those of one "
+            "objective, and solves that end earlier would let the others wait for ever. Put "
+            "jax.shard_map inside the objective, or give sharded arrays to a solve under jax.jit."
+        )
+    kinds = [getattr(jax.typeof(leaf), "manual_axis_type", None) for leaf in inputs]
+    if axes := {axis for kind in kinds for axis in getattr(kind, "varying", ())}:
+        raise ValueError(
+            f"the solve varies over the axis {_listed(axes)} of jax.shard_map, which the loops in "
+            "Optax do not declare. Pass check_vma=False to jax.shard_map."
+        )
+
+
+def _is_of_axis(effect: Any) -> bool:
+    return type(effect).__name__ == "NamedAxisEffect"
+
+
+def _listed(axes: set) -> str:
+    return ", ".join(sorted(map(repr, axes)))
 
 
 def _contains(jaxpr: core.Jaxpr, primitive: str) -> bool:
