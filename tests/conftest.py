@@ -9,6 +9,7 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 # Nearly all of the suite's time is XLA's, which compiles small problems longer than they run.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in processes that tests start
 if jax.__version__.startswith("0.10."):
     # This code generator, gone since, takes twice as long.
     os.environ["XLA_FLAGS"] = (

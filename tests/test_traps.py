@@ -4,6 +4,8 @@ Kinks, NaN and unbounded objectives are in test_failures.py, dtypes and structur
 test_border.py.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,6 +229,21 @@ def test_lanes_agree_however_they_run(batching):
     alone = jnp.stack([jax.grad(loss)(theta) for theta in thetas])
     assert relative_error(found, alone) < 1e-12
     assert relative_error(nested, alone) < 1e-12
+
+
+@pytest.mark.parametrize("batching", ["at once"], indirect=True)
+@pytest.mark.parametrize("polish", [0, 1])
+def test_the_memory_of_lanes_is_not_copied_at_every_step(batching, polish):
+    lanes, pairs, n = 5, 7, 37
+    solver = dl.LBFGS(polish=polish, memory_size=pairs)
+
+    def solve(theta):
+        return dl.minimize(rosenbrock, theta, solver=solver).value
+
+    program = jax.jit(jax.vmap(solve)).lower(jnp.zeros((lanes, n))).compile().as_text()
+    copied = rf"f64\[{lanes},{pairs},{n}\]\S* (select|copy)\((.*)"
+    assert all("broadcast" in made[1] for made in re.findall(copied, program))  # once, of zeros
+    assert f"f64[{lanes},{pairs},{n}]" in program
 
 
 def test_a_finished_lane_does_not_set_the_pace(batching):

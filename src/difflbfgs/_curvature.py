@@ -8,6 +8,7 @@ restarted and carried over to another problem.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -59,6 +60,11 @@ def newest(memory: optax.ScaleByLBFGSState, x: Vector, g: Vector) -> Pair:
     return Pair(_vector.sub(x, memory.params), _vector.sub(g, memory.updates))
 
 
+def rows(memory: optax.ScaleByLBFGSState) -> tuple[Any, Any]:
+    """Return the pairs that Optax has formed, as the rows of two arrays."""
+    return memory.diff_params_memory, memory.diff_updates_memory
+
+
 def moved(memory: optax.ScaleByLBFGSState, x: Vector, g: Vector, pair: Pair):
     """Return `memory` at the point `x` with gradient `g`, with `pair` as its newest pair."""
     return memory._replace(
@@ -83,13 +89,7 @@ def inverse_hessian(
     size = len(rho)
     slot = (newest_count - 1) % size
     rho = rho.at[slot].set(rho_new)
-    S, Y = (
-        jax.tree.map(lambda rows, row: rows.at[slot].set(row), rows, row)
-        for rows, row in (
-            (memory.diff_params_memory, pair.s),
-            (memory.diff_updates_memory, pair.y),
-        )
-    )
+    S, Y = jax.tree.map(lambda rows, row: rows.at[slot].set(row), rows(memory), (pair.s, pair.y))
     return two_loop(S, Y, rho, gamma, newest_count)
 
 

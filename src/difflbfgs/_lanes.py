@@ -1,9 +1,13 @@
 """What `jax.vmap` does to a solve: the lanes one after the other, or all at once.
 
-A batched `while_loop` runs until its last lane is done and copies every lane's carry, memory and
-all, at every trip; a batched `cond` takes both its branches. An accelerator has room for that, and
-starts one kernel for all lanes. A CPU has not: there the lanes are faster in turn, each for just as
-long as it needs. Which of the two is decided when the program is lowered for a platform.
+A batched `while_loop` runs until its last lane is done, and a batched `cond` takes both its
+branches. An accelerator has room for that, and starts one kernel for all lanes. A CPU has not:
+there the lanes are faster in turn, each for just as long as it needs. Which of the two is decided
+when the program is lowered for a platform.
+
+All at once, JAX would also copy every lane's carry, memory and all, at every trip, to leave those
+that are done alone. A loop that asks `anywhere` whether to go on is not made to do so: `waits`
+tells it which these are, and `held` leaves them where they are.
 """
 
 from collections.abc import Callable
@@ -11,6 +15,10 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+
+from difflbfgs import _vector
+from difflbfgs._vector import Flag
 
 _T = TypeVar("_T")
 
@@ -46,3 +54,36 @@ def lane_by_lane(fun: Callable[..., _T]) -> Callable[..., _T]:
         return call(arrays)
 
     return wrapped
+
+
+@jax.custom_batching.custom_vmap
+def anywhere(flag: Flag) -> Flag:
+    """Return `flag`, and where lanes run at once, whether it is set in any of them."""
+    return flag
+
+
+@anywhere.def_vmap
+def _anywhere(axis_size, is_batched, flag):
+    del axis_size, is_batched
+    return anywhere(jnp.any(flag)), False
+
+
+@jax.custom_batching.custom_vmap
+def waits(done: Flag) -> Flag:
+    """Return whether a lane that is done goes along with others: never, where it runs alone."""
+    return jnp.zeros_like(done)
+
+
+@waits.def_vmap
+def _waits(axis_size, is_batched, done):
+    del axis_size
+    return (done, True) if is_batched[0] else (waits(done), False)
+
+
+def held(waits: Flag, now: _T, after: _T, settled: Callable[[_T], Any]) -> _T:
+    """Return `now` where a lane waits for others, and `after` where it goes on.
+
+    What is `settled` is taken from `after` in any case, and not copied: a step changes nothing in
+    it, of a lane that waits, that the next one would not.
+    """
+    return _vector.where(waits, eqx.tree_at(settled, now, settled(after)), after)

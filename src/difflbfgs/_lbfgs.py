@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from difflbfgs import _curvature, _stopping, _trial, _vector
+from difflbfgs import _curvature, _lanes, _stopping, _trial, _vector
 from difflbfgs._checks import (
     check_flag,
     check_linesearch,
@@ -205,13 +205,14 @@ def search(
         return ~now.done & (now.num_steps < max_steps)
 
     def advance(now: Progress):
+        waits = _lanes.waits(~unfinished(now))
         after, step_size = take_step(problem, now, start.x, solver, fixed_reference)
         grad_norm, last = _vector.norm(after.g), ~unfinished(after)
         record = Step(after.num_steps, after.num_fun_evals, after.f, grad_norm, step_size, last)
-        watch(callback, record, unfinished(now))
-        return after
+        watch(callback, record, ~waits)
+        return _lanes.held(waits, now, after, lambda progress: _curvature.rows(progress.engine[0]))
 
-    return jax.lax.while_loop(unfinished, advance, start)
+    return jax.lax.while_loop(lambda now: _lanes.anywhere(unfinished(now)), advance, start)
 
 
 def take_step(

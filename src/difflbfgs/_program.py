@@ -64,7 +64,7 @@ def trace(fun: Callable, *args: Array) -> tuple[Program, PyTree]:
     return Program(jaxpr, jax.tree.structure(dynamic), static), consts
 
 
-def _check_alone(closed: core.ClosedJaxpr, inputs: list[Array]) -> None:
+def _check_alone(closed: core.ClosedJaxpr, inputs: list) -> None:
     """Raise a `ValueError` unless the function can be minimized on one device, in one lane."""
     axes = {getattr(effect, "name", effect) for effect in closed.effects if _is_of_axis(effect)}
     if axes:

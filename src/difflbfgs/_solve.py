@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from difflbfgs import _lbfgs, _stopping, _vector
+from difflbfgs import _curvature, _lanes, _lbfgs, _stopping, _vector
 from difflbfgs._curvature import Pair
 from difflbfgs._krylov import is_negative, slack
 from difflbfgs._lbfgs import LBFGS, Progress, WarmStart
@@ -117,7 +117,7 @@ def _polished(problem, x, warm, solver, search) -> _Round:
         d, low, high, products = newton_step(hvp, progress.g, target, active)
         polishing = jnp.where(here, jnp.where(active, lead + 2, end + 1), lead + 1)
         following = jnp.where(active, k + 1, end + 1)
-        return _Round(
+        after = _Round(
             number=jnp.where(searching, polishing, following),
             progress=progress,
             candidate=_vector.sub(progress.x, d),
@@ -125,6 +125,8 @@ def _polished(problem, x, warm, solver, search) -> _Round:
             max_curvature=high,
             num_hvps=now.num_hvps + products + (searching & (warm is None)),
         )
+        waits = _lanes.waits(k > end)
+        return _lanes.held(waits, now, after, lambda r: _curvature.rows(r.progress.engine[0]))
 
     zero = jnp.zeros((), _vector.dtype(x))
 
@@ -137,7 +139,7 @@ def _polished(problem, x, warm, solver, search) -> _Round:
     # Of a cold start, nothing but the shapes is known before the first round.
     before = unstarted() if warm else _vector.zeros_like(jax.eval_shape(unstarted))
     first = _Round(count(0), before, x, zero, zero, count(0))
-    return jax.lax.while_loop(lambda now: now.number <= end, take, first)
+    return jax.lax.while_loop(lambda now: _lanes.anywhere(now.number <= end), take, first)
 
 
 def _judge(now: _Round, f, g, solver) -> tuple[Progress, Flag]:

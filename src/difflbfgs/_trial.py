@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from difflbfgs import _vector
+from difflbfgs import _lanes, _vector
 from difflbfgs._curvature import Pair
 from difflbfgs._problem import Problem
 from difflbfgs._solution import count
@@ -43,11 +43,16 @@ def propose(
     g: Vector,
     done: Flag,
 ) -> Trial:
-    """Ask Optax for a step from `x`; once `done`, the step is zero and costs one evaluation."""
-    still = (state[0].params, jnp.zeros_like(f), _vector.zeros_like(g))
-    x_seen, f_seen, g_seen = _vector.where(done, still, (x, f, g))
-    fun = _silenced(problem, done, x)
-    updates, state = engine.update(g_seen, state, x_seen, value=f_seen, grad=g_seen, value_fn=fun)
+    """Ask Optax for a step from `x`.
+
+    A lane that is `done` but waits for others gets no step, for one evaluation. Its newest pair is
+    formed, as that is what Optax begins with, and its memory stays what it was.
+    """
+    waits = _lanes.waits(done)
+    x_seen, g_seen = _vector.where(waits, _finite((x, g)), (x, g))
+    f_flat, g_flat = _vector.where(waits, _vector.zeros_like((f, g)), (f, g))
+    fun = _silenced(problem, waits, x)
+    updates, state = engine.update(g_seen, state, x_seen, value=f_flat, grad=g_flat, value_fn=fun)
     x_new = optax.apply_updates(x, updates)
     search = state[-1]
     info = getattr(search, "info", None)
@@ -129,21 +134,25 @@ def _between(start: Point, last: Point) -> Pair:
     return Pair(_vector.sub(last.x, start.x), _vector.sub(last.g, start.g))
 
 
-def _silenced(problem, done, like):
-    """Return the objective as Optax is to see it: zero, with a zero gradient, once `done`.
+def _finite(tree):
+    return jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), tree)
 
-    Under `vmap` a line search runs until its last lane is satisfied, and a lane that has finished,
-    perhaps at a NaN, must not be that one.
+
+def _silenced(problem, waits, like):
+    """Return the objective as Optax is to see it: zero, with a zero gradient, where a lane `waits`.
+
+    A line search runs until its last lane is satisfied, and one that has finished, perhaps at a
+    NaN, must not be that one.
     """
 
     @jax.custom_jvp
     def fun(x):
-        return jnp.where(done, 0, problem.value(x))
+        return jnp.where(waits, 0, problem.value(x))
 
     @fun.defjvp
     def fun_jvp(primals, tangents):
         found = problem.value_and_gradient(primals[0])
-        f, g = _vector.where(done, _vector.zeros_like(found), found)
+        f, g = _vector.where(waits, _vector.zeros_like(found), found)
         return f, _vector.dot(g, tangents[0])
 
     # Optax's searches compute in float64 under x64, whatever the dtype of x.
