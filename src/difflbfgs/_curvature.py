@@ -26,20 +26,26 @@ class Pair(eqx.Module):
     s: Vector
     y: Vector
 
-    def is_curved(self) -> Flag:
-        """Return whether `sᵀy > eps ‖s‖ ‖y‖`, so that updating with this pair keeps P positive."""
-        s, y = _vector.unit(self.s), _vector.unit(self.y)
-        return _vector.dot(s, y) > _vector.epsilon(self.s)
+    def lengths(self) -> tuple[Scalar, Scalar]:
+        """Return `‖s‖` and `‖y‖`."""
+        return _vector.norm(self.s), _vector.norm(self.y)
 
-    def curvature(self) -> Scalar:
+    def is_curved(self, lengths: tuple[Scalar, Scalar] | None = None) -> Flag:
+        """Return whether `sᵀy > eps ‖s‖ ‖y‖`, so that updating with this pair keeps P positive."""
+        s, y = lengths or self.lengths()
+        curved = _vector.dot(self.s, self.y)
+        least = jnp.maximum(_vector.epsilon(self.s) * s * y, jnp.finfo(s.dtype).tiny)
+        return (curved > least) & (curved < jnp.inf)  # sᵀy may underflow, or overflow
+
+    def curvature(self, lengths: tuple[Scalar, Scalar] | None = None) -> Scalar:
         """Return `‖y‖ / ‖s‖`, a Rayleigh-like quotient of the Hessian along `s`; 0 if `s = 0`."""
-        length = _vector.norm(self.s)
-        return jnp.where(length > 0, _vector.norm(self.y) / _vector.nonzero(length), 0)
+        s, y = lengths or self.lengths()
+        return jnp.where(s > 0, y / _vector.nonzero(s), 0)
 
     def weights(self) -> tuple[Scalar, Scalar]:
         """Return `rho = 1 / sᵀy` and `gamma = sᵀy / yᵀy`; 0 and 1 without positive curvature."""
         sy, yy = _vector.dot(self.s, self.y), _vector.dot(self.y, self.y)
-        curved = self.is_curved() & (sy > 0)  # sᵀy may underflow
+        curved = self.is_curved()
         rho = jnp.where(curved, 1 / jnp.where(curved, sy, 1), 0)
         return rho, jnp.where(curved, sy / jnp.where(curved, yy, 1), 1)
 

@@ -129,11 +129,11 @@ class ConjugateGradient(SymmetricSolver):
         target = self.rtol * _vector.norm(vector)
 
         def unfinished(carry):
-            _, r, _, _, step, *_, broken = carry
-            return ~broken & (_vector.norm(r) > target) & (step < self.max_steps)
+            _, _, _, (square, _), step, *_, broken = carry
+            return ~broken & (jnp.sqrt(square) > target) & (step < self.max_steps)
 
         def advance(carry):
-            u, r, p, rz, step, (low, high), ritz, (previous, beta), _ = carry
+            u, r, p, (_, rz), step, (low, high), ritz, (previous, beta), _ = carry
             hp = state.mv(p)
             curvature = _vector.dot(p, hp)
             quotient = curvature / _vector.dot(p, p)
@@ -148,7 +148,8 @@ class ConjugateGradient(SymmetricSolver):
             rz_next = _vector.dot(r, z)
             beta = rz_next / rz
             p = _vector.add_scaled(z, beta, p)
-            return u, r, p, rz_next, step + 1, (low, high), ritz, (alpha, beta), broken
+            squares = _vector.dot(r, r), rz_next
+            return u, r, p, squares, step + 1, (low, high), ritz, (alpha, beta), broken
 
         z = precondition(vector)
         zero, one = jnp.zeros_like(target), jnp.ones_like(target)
@@ -156,16 +157,17 @@ class ConjugateGradient(SymmetricSolver):
             _vector.zeros_like(vector),
             vector,
             z,
-            _vector.dot(vector, z),
+            (_vector.dot(vector, vector), _vector.dot(vector, z)),
             count(0),
             (zero + jnp.inf, zero),
             Ritz(zero, one, zero, zero, zero),
             (one, zero),
             jnp.asarray(False),
         )
-        u, r, _, _, step, (low, high), ritz, *_ = jax.lax.while_loop(unfinished, advance, start)
+        end = jax.lax.while_loop(unfinished, advance, start)
+        u, _, _, (square, _), step, (low, high), ritz, *_ = end
         if not preconditioned:
             low, high = jnp.minimum(low, 1 / ritz.inverse), jnp.maximum(high, ritz.high)
-        solved = _vector.norm(r) <= target
+        solved = jnp.sqrt(square) <= target
         result = lx.RESULTS.where(solved, lx.RESULTS.successful, lx.RESULTS.max_steps_reached)
         return u, result, {"num_steps": step, "min_curvature": low, "max_curvature": high}

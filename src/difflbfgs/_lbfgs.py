@@ -108,6 +108,7 @@ class Progress(eqx.Module):
     x: Vector
     f: Scalar
     g: Vector
+    grad_norm: Scalar
     engine: Any
     scale: Scale
     reference: Scalar
@@ -174,6 +175,7 @@ def begin(
         x=x,
         f=f,
         g=g,
+        grad_norm=grad_norm,
         engine=(memory, *initial[1:]),
         scale=scale,
         reference=reference,
@@ -207,8 +209,8 @@ def search(
     def advance(now: Progress):
         waits = _lanes.waits(~unfinished(now))
         after, step_size = take_step(problem, now, start.x, solver, fixed_reference)
-        grad_norm, last = _vector.norm(after.g), ~unfinished(after)
-        record = Step(after.num_steps, after.num_fun_evals, after.f, grad_norm, step_size, last)
+        counts, last = (after.num_steps, after.num_fun_evals), ~unfinished(after)
+        record = Step(*counts, after.f, after.grad_norm, step_size, last)
         watch(callback, record, ~waits)
         return _lanes.held(waits, now, after, lambda progress: _curvature.rows(progress.engine[0]))
 
@@ -228,14 +230,19 @@ def take_step(
 def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> Progress:
     """Accept or reject the trial, keep or drop its pair, and see whether that was the end."""
     pair = Pair(_vector.sub(trial.x, now.x), _vector.sub(trial.g, now.g))
+    s_norm, y_norm, x_norm, travel, g_norm = _vector.norms(
+        pair.s, pair.y, trial.x, _vector.sub(trial.x, x0), trial.g
+    )
     level = now.least_f + _stopping.rounding(now.least_f)
-    finite = jnp.isfinite(trial.f) & jnp.isfinite(_vector.norm((pair.s, trial.g)))
-    accepted = finite & (trial.f <= level) & ~_vector.is_zero(pair.s)
-    curved = accepted & pair.is_curved()
-    x, f, g = _vector.where(accepted, (trial.x, trial.f, trial.g), (now.x, now.f, now.g))
-    grad_norm = _vector.norm(g)
+    finite = jnp.isfinite(trial.f) & jnp.isfinite(s_norm) & jnp.isfinite(g_norm)
+    accepted = finite & (trial.f <= level) & (s_norm > 0)
+    curved = accepted & pair.is_curved((s_norm, y_norm))
+    here, there = (now.x, now.f, now.g, now.grad_norm), (trial.x, trial.f, trial.g, g_norm)
+    x, f, g, grad_norm = _vector.where(accepted, there, here)
 
-    scale = _rescaled(now.scale, pair, accepted, curved, x, x0)
+    curvature = jnp.where(curved, pair.curvature((s_norm, y_norm)), 0)
+    scale = now.scale.after(s_norm, curvature, x_norm, travel)
+    scale = _vector.where(accepted, scale, now.scale)
     reference = now.reference if fixed_reference else scale.reference()
     patience = _patience(trial, now, pair, accepted, grad_norm)
     # After a restart, what the rejected quasi-Newton step promised counts, not what a step down
@@ -249,12 +256,16 @@ def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> 
         stuck=~waiting & (accepted | now.fresh),
         nonfinite_start=jnp.asarray(False),
     )
-    restarted = _restarted(trial.engine, engine.init(x), x, g, scale.curvature)
+
+    def restarted():
+        return _restarted(trial.engine, engine.init(x), x, g, scale.curvature)
+
     return Progress(
         x=x,
         f=f,
         g=g,
-        engine=_vector.where(curved, trial.engine, restarted),
+        grad_norm=grad_norm,
+        engine=jax.lax.cond(curved, lambda: trial.engine, restarted),
         scale=scale,
         reference=reference,
         least_f=jnp.minimum(f, now.least_f),
@@ -267,14 +278,6 @@ def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> 
         num_steps=now.num_steps + 1,
         num_fun_evals=now.num_fun_evals + trial.num_fun_evals,
     )
-
-
-def _rescaled(scale: Scale, pair: Pair, accepted, curved, x, x0) -> Scale:
-    """Return the scale of things after a step."""
-    travel = _vector.norm(_vector.sub(x, x0))
-    curvature = jnp.where(curved, pair.curvature(), 0)
-    after = scale.after(_vector.norm(pair.s), curvature, _vector.norm(x), travel)
-    return _vector.where(accepted, after, scale)
 
 
 def _patience(trial: Trial, now: Progress, pair: Pair, accepted, grad_norm) -> Patience:

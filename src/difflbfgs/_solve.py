@@ -57,7 +57,7 @@ def run(
         num_steps=end.num_steps,
         num_fun_evals=end.num_fun_evals,
         num_hvps=num_hvps,
-        grad_norm=_vector.norm(end.g),
+        grad_norm=end.grad_norm,
         reference_grad_norm=end.reference,
     )
     state = WarmStart(end.x, end.g, end.engine[0], end.reference, end.scale.curvature)
@@ -148,13 +148,17 @@ def _judge(now: _Round, f, g, solver) -> tuple[Progress, Flag]:
     In the first round it is where the solve starts.
     """
     before = now.progress
-    before_norm, grad_norm = _vector.norm(before.g), _vector.norm(g)
+    before_norm, grad_norm = before.grad_norm, _vector.norm(g)
     accepted = (now.number == 0) | (
         ~is_negative(now.min_curvature, now.max_curvature, slack(before.x, before_norm))
         & (grad_norm < before_norm)
         & (f <= before.f + before.scale.noise(before.f))
     )
-    x, f, g = _vector.where(accepted, (now.candidate, f, g), (before.x, before.f, before.g))
+    x, f, g, grad_norm = _vector.where(
+        accepted,
+        (now.candidate, f, g, grad_norm),
+        (before.x, before.f, before.g, before_norm),
+    )
     small = _stopping.passes(
         grad_norm, solver.atol, solver.rtol, before.reference, jnp.asarray(True)
     )
@@ -166,9 +170,9 @@ def _judge(now: _Round, f, g, solver) -> tuple[Progress, Flag]:
     result = RESULTS.where(accepted & stuck & limit, RESULTS.precision_limit, before.result)
     result = RESULTS.where(accepted & small, RESULTS.successful, result)
     progress = eqx.tree_at(
-        lambda p: (p.x, p.f, p.g, p.scale, p.result, p.num_fun_evals),
+        lambda p: (p.x, p.f, p.g, p.grad_norm, p.scale, p.result, p.num_fun_evals),
         before,
-        (x, f, g, scale, result, before.num_fun_evals + 1),
+        (x, f, g, grad_norm, scale, result, before.num_fun_evals + 1),
     )
     return progress, accepted
 
@@ -179,7 +183,7 @@ def _target(progress: Progress) -> Scalar:
     `‖g‖² / reference` makes the step converge quadratically (Eisenstat & Walker 1996). Where L-BFGS
     was stopped by the rounding error of the objective, the step goes to that of the gradient.
     """
-    quadratic = _vector.norm(progress.g) ** 2 / progress.reference
+    quadratic = progress.grad_norm**2 / progress.reference
     noise = _stopping.rounding(progress.reference)
     limit, stuck = RESULTS.precision_limit, RESULTS.line_search_failed
     stopped = (progress.result == limit) | (progress.result == stuck)
@@ -188,8 +192,8 @@ def _target(progress: Progress) -> Scalar:
 
 def _is_near(progress: Progress, solver: LBFGS) -> Flag:
     """Return whether Newton's method is to be tried before L-BFGS, and there is something to do."""
-    grad_norm = _vector.norm(progress.g)
-    return (_threshold(progress, solver) < grad_norm) & (grad_norm <= progress.reference)
+    above = _threshold(progress, solver) < progress.grad_norm
+    return above & (progress.grad_norm <= progress.reference)
 
 
 def _threshold(progress: Progress, solver: LBFGS) -> Scalar:
@@ -201,4 +205,4 @@ def _is_worth_it(progress: Progress) -> Flag:
     """Return whether a Newton step is called for, and the gradient above its rounding error."""
     stuck = progress.result == RESULTS.line_search_failed
     floor = _stopping.rounding(progress.scale.curvature * progress.scale.size)
-    return (has_converged(progress.result) | stuck) & (_vector.norm(progress.g) > 0.01 * floor)
+    return (has_converged(progress.result) | stuck) & (progress.grad_norm > 0.01 * floor)

@@ -4,6 +4,7 @@ With `flatten=True` it is one flat array, with `flatten=False` a list of leaves;
 module needs to know which. Most of what follows is `optax.tree`, with types.
 """
 
+import functools
 from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
@@ -54,10 +55,26 @@ def zeros_like(x: _T) -> _T:
 def norm(x: Vector) -> Scalar:
     """Return the 2-norm of `x`, free of overflow and underflow; not finite if an entry is not."""
     leaves = jax.tree.leaves(x)
-    largest = jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]).max()
-    unit = jnp.where(largest > 0, largest, 1)
-    squares = [jnp.sum((leaf / unit) ** 2) for leaf in leaves]
-    return largest * jnp.sqrt(jnp.stack(squares).sum())
+    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves))
+    unit = nonzero(largest)
+    return largest * jnp.sqrt(sum(jnp.sum((leaf / unit) ** 2) for leaf in leaves))
+
+
+def norms(*vectors: Vector) -> tuple[Scalar, ...]:
+    """Return the 2-norm of each vector, as `norm` does, in half the time or less.
+
+    A plain sum of squares is a call of a vectorized `dot`. Only if one of them is out of range are
+    all computed again, by `norm`.
+    """
+    squares = jnp.stack([dot(x, x) for x in vectors])
+    limits = jnp.finfo(squares.dtype)
+    least = float(limits.tiny) / float(limits.eps)
+    lengths = jax.lax.cond(
+        jnp.all((squares >= least) & (squares < jnp.inf)),
+        lambda: jnp.sqrt(squares),
+        lambda: jnp.stack([norm(x) for x in vectors]),
+    )
+    return tuple(lengths[k] for k in range(len(vectors)))
 
 
 def nonzero(length: Scalar) -> Scalar:
