@@ -109,9 +109,10 @@ def test_takes_the_steps_of_minimize():
     assert sol.stats["num_fun_evals"] == ours.stats.num_fun_evals
     assert sol.stats["result"] == dl.RESULTS.successful
     np.testing.assert_allclose(sol.value, ours.value, rtol=1e-12)
-    np.testing.assert_allclose(sol.stats["grad_norm"], ours.stats.grad_norm, rtol=1e-6)
-    reference = ours.stats.reference_grad_norm
-    np.testing.assert_allclose(sol.stats["reference_grad_norm"], reference, rtol=1e-12)
+    # These are differences over the last steps, of a size of 1e-8, whose roundings the two programs
+    # need not share.
+    for name in ("grad_norm", "reference_grad_norm"):
+        np.testing.assert_allclose(sol.stats[name], getattr(ours.stats, name), rtol=1e-6)
 
 
 def quartic(y, theta):
