@@ -166,39 +166,33 @@ def distillation(dtype: Any = jnp.float64) -> Problem:
     return Problem(inner, outer, jnp.zeros(640, dtype), rounded(means.ravel(), dtype))
 
 
-def hyper_cleaning(dtype: Any = jnp.float64) -> Problem:
-    """Hyper-cleaning: a weight for each image, a third of them with wrong labels; digits."""
-    X, y, Xv, yv = digits(300, 300, dtype)
-    rng = np.random.default_rng(0)
-    y = np.where(rng.random(300) < 1 / 3, rng.integers(0, 10, size=300), y)
+def cleaning(X: jax.Array, y: Any, Xv: jax.Array, yv: Any, seed: int) -> Problem:
+    """A weight for each training image, a third of them with labels drawn anew."""
+    rng, (count, features) = np.random.default_rng(seed), X.shape
+    labels = np.where(rng.random(count) < 1 / 3, rng.integers(0, 10, size=count), y)
 
     def inner(w, theta):
-        losses = cross_entropies(X @ w.reshape(64, 10), y)
+        losses = cross_entropies(X @ w.reshape(features, 10), labels)
         return jnp.mean(jax.nn.sigmoid(theta) * losses) + 5e-4 * jnp.sum(w**2)
 
     def outer(w, theta):
-        return jnp.mean(cross_entropies(Xv @ w.reshape(64, 10), yv))
+        return jnp.mean(cross_entropies(Xv @ w.reshape(features, 10), yv))
 
-    return Problem(inner, outer, jnp.zeros(640, dtype), jnp.zeros(300, dtype))
+    return Problem(inner, outer, jnp.zeros(10 * features, X.dtype), jnp.zeros(count, X.dtype))
+
+
+def hyper_cleaning(dtype: Any = jnp.float64) -> Problem:
+    """Hyper-cleaning of 300 images; digits."""
+    return cleaning(*digits(300, 300, dtype), seed=0)
 
 
 def mnist_cleaning(dtype: Any = jnp.float64) -> Problem:
-    """Hyper-cleaning at size: weights for 2000 MNIST images, a third of them with wrong labels."""
+    """Hyper-cleaning of 2000 images; MNIST."""
     X, y = mnist_data()
     order = np.random.default_rng(0).permutation(len(X))
     train, valid = order[:2000], order[2000:3000]
-    rng = np.random.default_rng(1)
-    corrupted = np.where(rng.random(2000) < 1 / 3, rng.integers(0, 10, size=2000), y[train])
-    X, Xv, yv = rounded(X[train] / 255, dtype), rounded(X[valid] / 255, dtype), y[valid]
-
-    def inner(w, theta):
-        losses = cross_entropies(X @ w.reshape(784, 10), corrupted)
-        return jnp.mean(jax.nn.sigmoid(theta) * losses) + 5e-4 * jnp.sum(w**2)
-
-    def outer(w, theta):
-        return jnp.mean(cross_entropies(Xv @ w.reshape(784, 10), yv))
-
-    return Problem(inner, outer, jnp.zeros(7840, dtype), jnp.zeros(2000, dtype))
+    X = rounded(X / 255, dtype)
+    return cleaning(X[train], y[train], X[valid], y[valid], seed=1)
 
 
 def gaussian_process(dtype: Any = jnp.float64) -> Problem:

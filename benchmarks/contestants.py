@@ -81,6 +81,14 @@ def difflbfgs(problem: Problem, adjoint: Any = dl.ImplicitAdjoint(), polish: int
     return through_minimizer(problem, solve)
 
 
+def counts(problem: Problem, **settings: Any) -> tuple[int, int]:
+    """Return evaluations and Hessian products of one hypergradient of ours."""
+    step = dl.value_and_hypergrad(problem.outer, problem.inner, max_steps=MAX_STEPS, **settings)
+    info = jax.jit(step)(problem.theta, problem.x0)[2]
+    stats = info.solution.stats
+    return int(stats.num_fun_evals), int(stats.num_hvps + info.num_adjoint_steps)
+
+
 def by_jaxopt(problem: Problem, cg: bool = False) -> Callable:
     """`jaxopt.LBFGS`; its adjoint by normal equations at a fixed tolerance, or by `solve_cg`."""
 
@@ -254,3 +262,4 @@ CONTESTANTS = (
     Contestant("unrolled Adam", "", partial(unrolled, optimizer=adam), STEPS, unrolled=True),
     Contestant("SciPy", "", by_scipy, LOOSE_TO_TIGHT, compiled=False),
 )
+BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}

@@ -169,8 +169,7 @@ def main():
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         tasks = zip(*itertools.product(families, TAU), strict=True)
         rows = [row for part in pool.map(measure, *tasks) for row in part]
-    if options.results:
-        harness.record(options.results, rows, options.quick)
+    harness.record(options.results, rows, options.quick)
     for dtype in TAU:
         chosen = [row for row in rows if row["dtype"] == dtype]
         print(f"\n{dtype}\n\n{table(chosen)}")

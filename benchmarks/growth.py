@@ -22,12 +22,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import optimistix as optx
 
-import contestants
 import difflbfgs as dl
 import harness
 from collection import Problem
+from contestants import BY_NAME, counts
 
 matplotlib.use("Agg")
 
@@ -81,36 +80,26 @@ SWEEPS = {
 STEPS = (10, 100, 1000)
 
 
-def contest():
-    """Return the contestants: makers of programs, and the tolerance that each is given."""
-    optimistix = functools.partial(contestants.by_optimistix, solver=optx.LBFGS, cg=True)
-    return {
-        "difflbfgs": (functools.partial(contestants.difflbfgs, adjoint=None), 1e-3),
-        "JAXopt": (functools.partial(contestants.by_jaxopt, cg=True), 1e-8),
-        "Optimistix": (optimistix, 1e-8),
-        "unrolled SGD": (
-            functools.partial(contestants.unrolled, num_steps=100, optimizer=contestants.sgd),
-            0.0,
-        ),
-    }
+unrolled_sgd = BY_NAME["unrolled SGD"].make
+# Makers of programs, and the tolerance that each is given.
+CONTEST = {
+    "difflbfgs": (BY_NAME["difflbfgs, loose adjoint"].make, 1e-3),
+    "JAXopt": (BY_NAME["JAXopt, solve_cg"].make, 1e-8),
+    "Optimistix": (BY_NAME["Optimistix, L-BFGS, CG"].make, 1e-8),
+    "unrolled SGD": (functools.partial(unrolled_sgd, num_steps=100), 0.0),
+}
 
 
 def products(problem, rtol):
     """Return the Hessian products of one hypergradient of ours."""
-    step = dl.value_and_hypergrad(
-        problem.outer,
-        problem.inner,
-        solver=dl.LBFGS(rtol=rtol),
-        adjoint=dl.ImplicitAdjoint(rtol=rtol**2),
-    )
-    info = jax.jit(step)(problem.theta, problem.x0)[2]
-    return int(info.solution.stats.num_hvps + info.num_adjoint_steps)
+    solver, adjoint = dl.LBFGS(rtol=rtol), dl.ImplicitAdjoint(rtol=rtol**2)
+    return counts(problem, solver=solver, adjoint=adjoint)[1]
 
 
 def measure(sweep, size, problem):
     """Return a row for each contestant."""
     rows, runs, exact = [], {}, None
-    for name, (make, tolerance) in contest().items():
+    for name, (make, tolerance) in CONTEST.items():
         made = harness.compiled(make(problem), problem.theta, problem.x0, tolerance)
         run = functools.partial(made.run, problem.theta, problem.x0, tolerance)
         gradient, evaluations = run()
@@ -137,7 +126,7 @@ def memory_by_steps():
         return problem.outer(sol.value, theta)
 
     for steps in STEPS:
-        unrolled = contestants.unrolled(problem, steps, contestants.sgd)
+        unrolled = unrolled_sgd(problem, num_steps=steps)
         gradient = jax.grad(functools.partial(ours, num_steps=steps))
         for name, made in (
             ("difflbfgs", harness.compiled(gradient, problem.theta, problem.x0)),
@@ -169,7 +158,7 @@ def draw(rows, path):
     for axis, (sweep, quantity) in zip(
         axes, [*((sweep, "seconds") for sweep in SWEEPS), ("steps", "bytes")], strict=True
     ):
-        for k, name in enumerate(contest()):
+        for k, name in enumerate(CONTEST):
             sizes, values = series(rows, sweep, name, quantity)
             if len(sizes):
                 color = "black" if name == "difflbfgs" else f"C{k}"
@@ -201,7 +190,7 @@ def main():
                 )
     rows += memory_by_steps()
     for sweep in (*SWEEPS, "steps"):
-        for name in contest():
+        for name in CONTEST:
             sizes, memory = series(rows, sweep, name, "bytes")
             if len(sizes):
                 powers = f"memory {exponent(sizes, memory):5.2f}"

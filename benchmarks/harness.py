@@ -60,6 +60,23 @@ def compiled(fun: Callable, *args: Any) -> Compiled:
     return Compiled(program, traced - begin, done - traced, size, program.as_text())
 
 
+def evaluations(fun: Callable, count: int) -> Callable:
+    """Return a program `(x, *args)` of so many evaluations of `fun` with its gradient.
+
+    They are at points that move a little, so that none can be saved.
+    """
+
+    def run(x, *args):
+        def evaluate(_, carry):
+            x, total = carry
+            f, g = jax.value_and_grad(fun)(x, *args)
+            return x - 1e-9 * g, total + f
+
+        return jax.lax.fori_loop(0, count, evaluate, (x, 0.0))
+
+    return run
+
+
 def seconds(
     runs: Mapping[_Key, Callable[[], Any]], repeats: int, budget: float = float("inf")
 ) -> dict[_Key, float]:

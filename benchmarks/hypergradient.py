@@ -3,7 +3,7 @@
     pip install -e ".[benchmarks]"
     python benchmarks/hypergradient.py [--quick] [--results file.json] [--output file.png]
 
-Six problems, of 30 to 7840 variables and 10 to 2000 hyperparameters, in float64 and float32. Each
+Six problems, of 30 to 7840 variables and 30 to 2000 hyperparameters, in float64 and float32. Each
 contestant computes one hypergradient from a cold start, as one compiled program where it can be, at
 several tolerances or numbers of steps; see `contestants.py` for how each is set. The error is that
 in the 2-norm, relative to a float64 reference; the time is the median of runs that take turns.

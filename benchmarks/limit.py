@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 
 import collection
+import contestants
 import difflbfgs as dl
 import growth
 import harness
@@ -46,24 +47,10 @@ PROBLEMS = {
 }
 
 
-def evaluations(problem):
-    """Return a program of `LOOP` evaluations of value and gradient."""
-
-    def run(theta, x0):
-        def evaluate(_, carry):
-            x, total = carry
-            f, g = jax.value_and_grad(problem.inner)(x, theta)
-            return x - 1e-9 * g, total + f
-
-        return jax.lax.fori_loop(0, LOOP, evaluate, (x0, 0.0))
-
-    return run
-
-
 def hessian_products(problem):
     """Return a program of `LOOP` products with the Hessian, linearised once."""
 
-    def run(theta, x0):
+    def run(x0, theta):
         _, product = jax.linearize(lambda x: jax.grad(problem.inner)(x, theta), x0)
         return jax.lax.fori_loop(0, LOOP, lambda _, v: product(v), jnp.ones_like(x0))
 
@@ -73,34 +60,32 @@ def hessian_products(problem):
 def hypergradient(problem):
     """Return the program that is to be near the limit."""
 
-    def loss(theta, x0):
+    def loss(x0, theta):
         return problem.outer(dl.minimize(problem.inner, x0, theta, max_steps=5000).value, theta)
 
-    return jax.grad(loss)
+    return jax.grad(loss, argnums=1)
 
 
 def measure(name, repeats):
     """Return a row."""
     problem = PROBLEMS[name]()
-    theta, x0 = problem.theta, problem.x0
+    given = problem.x0, problem.theta
     programs = {
-        "evaluations": evaluations(problem),
+        "evaluations": harness.evaluations(problem.inner, LOOP),
         "products": hessian_products(problem),
         "hypergradient": hypergradient(problem),
     }
     runs = {
-        key: functools.partial(harness.compiled(program, theta, x0).run, theta, x0)
+        key: functools.partial(harness.compiled(program, *given).run, *given)
         for key, program in programs.items()
     }
     seconds = harness.seconds(runs, repeats, 20.0)
-    step = dl.value_and_hypergrad(problem.outer, problem.inner, max_steps=5000)
-    info = jax.jit(step)(theta, x0)[2]
-    stats = info.solution.stats
+    evaluations, products = contestants.counts(problem)
     row = {
         "problem": name,
-        "variables": x0.size,
-        "evaluations": int(stats.num_fun_evals),
-        "products": int(stats.num_hvps + info.num_adjoint_steps),
+        "variables": problem.x0.size,
+        "evaluations": evaluations,
+        "products": products,
         "evaluation_seconds": seconds["evaluations"] / LOOP,
         "product_seconds": seconds["products"] / LOOP,
         "seconds": seconds["hypergradient"],

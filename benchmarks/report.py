@@ -2,8 +2,8 @@
 
     python benchmarks/report.py
 
-writes the tables between the markers in README.md anew from `benchmarks/results`, and the pictures
-in `docs`.
+writes the tables between the markers in README.md and docs/benchmarks.md anew from
+`benchmarks/results`, and the picture of the hypergradients.
 """
 
 import itertools
@@ -45,15 +45,12 @@ def is_peer(row: dict) -> bool:
     return row["package"] not in (OURS, *UNROLLED)
 
 
-def compare(rows: list[dict], level: float) -> dict[str, dict]:
-    """Return the fastest float64 runs for an error: ours, the best peer's and unrolled SGD's."""
+def compare(own: list[dict], level: float) -> dict[str, dict | None]:
+    """Return a problem's fastest runs for an error: ours, the best peer's and unrolled SGD's."""
     return {
-        name: {
-            "ours": fastest(own, level, lambda row: row["package"] == OURS),
-            "peer": fastest(own, level, is_peer),
-            "SGD": fastest(own, level, lambda row: row["package"] == "unrolled SGD"),
-        }
-        for name, own in by_problem(rows, "float64").items()
+        "ours": fastest(own, level, lambda row: row["package"] == OURS),
+        "peer": fastest(own, level, is_peer),
+        "SGD": fastest(own, level, lambda row: row["package"] == "unrolled SGD"),
     }
 
 
@@ -69,10 +66,9 @@ def hypergradient_table(rows: list[dict]) -> str:
     for name, own in by_problem(rows, "float64").items():
         size = f"{name} ({own[0]['variables']}, {own[0]['hyperparameters']})"
         for level in LEVELS:
-            found = compare(own, level)[name]
-            peer = milliseconds(found["peer"])
-            if found["peer"]:
-                peer += f" ({found['peer']['contestant']})"
+            found = compare(own, level)
+            best = found["peer"]
+            peer = milliseconds(best) + (f" ({best['contestant']})" if best else "")
             cells = (milliseconds(found["ours"]), peer, milliseconds(found["SGD"]))
             lines.append(f"| {size} | {level:.0e} | {' | '.join(cells)} |")
             size = ""
@@ -93,13 +89,54 @@ def hypergradient_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def limit_table(rows: list[dict]) -> str:
+    """Return a table of the work in a hypergradient, and how much longer than that it takes."""
+    head = "| problem (variables) | evaluations | products | time | over that of the work |"
+    lines = [head, "|---|---|---|---|---|"]
+    for row in rows:
+        work = [
+            f"{row[f'{kind}s']} x {1e6 * row[f'{kind}_seconds']:.3g} µs"
+            for kind in ("evaluation", "product")
+        ]
+        ratio = f"{row['seconds'] / row['limit_seconds']:.2f}"
+        cells = (f"{row['problem']} ({row['variables']})", *work, milliseconds(row), ratio)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def overhead_table(rows: list[dict]) -> str:
+    """Return a table of what a step costs, in evaluations."""
+    solvers = [OURS, "Optax loop", "JAXopt", "Optimistix"]
+    lines = [f"| variables | one evaluation | {' | '.join(solvers)} |", "|---" * 6 + "|"]
+    for row in rows:
+        cells = [f"{row[name]:.1f}" for name in solvers]
+        alone = f"{1e6 * row['seconds alone']:.3g} µs"
+        lines.append(f"| {row['n']} | {alone} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tasks_table(rows: list[dict]) -> str:
+    """Return a table of hypergradients per second."""
+    sizes = list(dict.fromkeys(row["tasks"] for row in rows))
+    lines = [f"| | error | {' | '.join(f'{size} tasks' for size in sizes)} |"]
+    lines.append("|---" * (2 + len(sizes)) + "|")
+    for key in dict.fromkeys((row["solver"], row["how"]) for row in rows):
+        own = {row["tasks"]: row for row in rows if (row["solver"], row["how"]) == key}
+        speeds = [f"{n / own[n]['seconds']:.3g}" if n in own else "" for n in sizes]
+        error = max(row["error"] for row in own.values())
+        lines.append(f"| {key[0]}, `{key[1]}` | {error:.0e} | {' | '.join(speeds)} |")
+    return "\n".join(lines)
+
+
 def assert_hypergradients(rows: list[dict]) -> None:
     """Check what a run must show, whatever the machine."""
     for name, own in by_problem(rows, "float64").items():
         exact = fastest(own, 1e-8, lambda row: row["contestant"] == OURS)
         assert exact, f"{name}: the default does not reach an error of 1e-8"
-        found = compare(own, 1e-4)[name]
-        assert found["SGD"] is None or found["SGD"]["seconds"] > found["ours"]["seconds"], name
+        found = compare(own, 1e-4)
+        ours, unrolled = found["ours"], found["SGD"]
+        assert ours, f"{name}: no run of ours reaches an error of 1e-4"
+        assert unrolled is None or unrolled["seconds"] > ours["seconds"], name
 
 
 def draw_hypergradients(rows: list[dict], path: pathlib.Path) -> None:
@@ -145,11 +182,30 @@ def between(name: str, text: str, table: str) -> str:
     return re.sub(pattern, lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text, flags=re.S)
 
 
+# By the name of the benchmark, which is also that of the markers and of the file of results.
+TABLES = {
+    "hypergradient": hypergradient_table,
+    "limit": limit_table,
+    "overhead": overhead_table,
+    "tasks": tasks_table,
+}
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+
+
+def written(text: str) -> str:
+    """Return a page with its tables as they were recorded last."""
+    for name, table in TABLES.items():
+        if f"<!-- {name} -->" in text:
+            rows = harness.recorded(RESULTS / f"{name}.json")["rows"]
+            text = between(name, text, table(rows))
+    return text
+
+
 def main() -> None:
-    """Write README's table and the pictures anew."""
-    readme = ROOT / "README.md"
+    """Write the tables and the picture anew."""
+    for page in PAGES:
+        page.write_text(written(page.read_text()))
     rows = harness.recorded(RESULTS / "hypergradient.json")["rows"]
-    readme.write_text(between("hypergradient", readme.read_text(), hypergradient_table(rows)))
     draw_hypergradients(rows, ROOT / "docs" / "hypergradient.png")
 
 
