@@ -98,7 +98,7 @@ SOLVERS = {
     "difflbfgs": ours,
     "difflbfgs 1e-5": lambda theta: ours(theta, 1e-5),
     "difflbfgs 1e-3": lambda theta: ours(theta, 1e-3),
-    "difflbfgs 1e-1": lambda theta: ours(theta, 1e-1),
+    "difflbfgs 1e-2": lambda theta: ours(theta, 1e-2),
     "JAXopt 1e-3": lambda theta: by_jaxopt(theta, 1e-3),
     "JAXopt 1e-6": lambda theta: by_jaxopt(theta, 1e-6),
     "Optimistix 1e-4": lambda theta: by_optimistix(theta, 1e-4),
