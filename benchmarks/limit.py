@@ -61,7 +61,8 @@ def hypergradient(problem):
     """Return the program that is to be near the limit."""
 
     def loss(x0, theta):
-        return problem.outer(dl.minimize(problem.inner, x0, theta, max_steps=5000).value, theta)
+        sol = dl.minimize(problem.inner, x0, theta, max_steps=contestants.MAX_STEPS)
+        return problem.outer(sol.value, theta)
 
     return jax.grad(loss, argnums=1)
 

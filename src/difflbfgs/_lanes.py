@@ -80,10 +80,10 @@ def _waits(axis_size, is_batched, done):
     return (done, True) if is_batched[0] else (waits(done), False)
 
 
-def held(waits: Flag, now: _T, after: _T, settled: Callable[[_T], Any]) -> _T:
-    """Return `now` where a lane waits for others, and `after` where it goes on.
+def held(waiting: Flag, now: _T, after: _T, settled: Callable[[_T], Any]) -> _T:
+    """Return `now` where a lane is waiting for others, and `after` where it goes on.
 
     What is `settled` is taken from `after` in any case, and not copied: a step changes nothing in
     it, of a lane that waits, that the next one would not.
     """
-    return _vector.where(waits, eqx.tree_at(settled, now, settled(after)), after)
+    return _vector.where(waiting, eqx.tree_at(settled, now, settled(after)), after)

@@ -61,10 +61,10 @@ def norm(x: Vector) -> Scalar:
 
 
 def norms(*vectors: Vector) -> tuple[Scalar, ...]:
-    """Return the 2-norm of each vector, as `norm` does, in half the time or less.
+    """Return the 2-norm of each vector, as `norm` does, for less.
 
-    A plain sum of squares is a call of a vectorized `dot`. Only if one of them is out of range are
-    all computed again, by `norm`.
+    On a CPU `dot` is vectorized and the reductions in `norm` are not. Only if a square is out of
+    range are all computed again, by `norm`.
     """
     squares = jnp.stack([dot(x, x) for x in vectors])
     limits = jnp.finfo(squares.dtype)
