@@ -62,9 +62,9 @@ class Ritz(eqx.Module):
     product: Scalar
 
     @classmethod
-    def first(cls, alpha: Scalar) -> "Ritz":
-        """Return the estimates after a step of length `alpha`."""
-        return cls(1 / alpha, jnp.ones_like(alpha), alpha, alpha, alpha)
+    def initial(cls, zero: Scalar) -> "Ritz":
+        """Return what the first step, with `previous` one and `beta` zero, starts from."""
+        return cls(zero, zero, zero, zero, zero)
 
     def after(self, alpha: Scalar, previous: Scalar, beta: Scalar) -> "Ritz":
         """Return the estimates after a step of length `alpha`, the one before being `previous`."""
@@ -140,8 +140,7 @@ class ConjugateGradient(SymmetricSolver):
             low, high = jnp.minimum(low, quotient), jnp.maximum(high, jnp.abs(quotient))
             broken = ~(quotient > eps * high)
             alpha = jnp.where(broken, 0, rz / jnp.where(broken, 1, curvature))
-            after = _vector.where(step == 0, Ritz.first(alpha), ritz.after(alpha, previous, beta))
-            ritz = _vector.where(broken, ritz, after)
+            ritz = _vector.where(broken, ritz, ritz.after(alpha, previous, beta))
             u = _vector.add_scaled(u, alpha, p)
             r = _vector.add_scaled(r, -alpha, hp)
             z = precondition(r)
@@ -160,7 +159,7 @@ class ConjugateGradient(SymmetricSolver):
             (_vector.dot(vector, vector), _vector.dot(vector, z)),
             count(0),
             (zero + jnp.inf, zero),
-            Ritz(zero, one, zero, zero, zero),
+            Ritz.initial(zero),
             (one, zero),
             jnp.asarray(False),
         )
