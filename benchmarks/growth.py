@@ -25,6 +25,7 @@ import numpy as np
 
 import difflbfgs as dl
 import harness
+import report
 from collection import Problem
 from contestants import BY_NAME, counts
 
@@ -141,18 +142,6 @@ def memory_by_steps():
             }
 
 
-def series(rows, sweep, name, quantity):
-    """Return sizes and values of one curve."""
-    own = [row for row in rows if (row["sweep"], row["contestant"]) == (sweep, name)]
-    return np.array([row["size"] for row in own]), np.array([row[quantity] for row in own])
-
-
-def exponent(sizes, values):
-    """Return the power of the size that the values grow like, over the upper half."""
-    upper = slice((len(sizes) - 1) // 2, None)
-    return np.polyfit(np.log(sizes[upper]), np.log(values[upper]), 1)[0]
-
-
 def draw(rows, path):
     """Save times of every sweep, and memory against steps."""
     figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
@@ -160,7 +149,7 @@ def draw(rows, path):
         axes, [*((sweep, "seconds") for sweep in SWEEPS), ("steps", "bytes")], strict=True
     ):
         for k, name in enumerate(CONTEST):
-            sizes, values = series(rows, sweep, name, quantity)
+            sizes, values = report.curve(rows, sweep, name, quantity)
             if len(sizes):
                 color = "black" if name == "difflbfgs" else f"C{k}"
                 scale = 1e3 if quantity == "seconds" else 2**-20
@@ -190,20 +179,13 @@ def main():
                     flush=True,
                 )
     rows += memory_by_steps()
-    for sweep in (*SWEEPS, "steps"):
-        for name in CONTEST:
-            sizes, memory = series(rows, sweep, name, "bytes")
-            if len(sizes):
-                powers = f"memory {exponent(sizes, memory):5.2f}"
-                if sweep != "steps":
-                    powers += f", time {exponent(*series(rows, sweep, name, 'seconds')):5.2f}"
-                print(f"{sweep:15s} {name:13s} exponent of {powers}")
+    print(f"\n{report.growth_table(rows)}")
     harness.record(options.results, rows, options.quick)
     if options.output:
         draw(rows, options.output)
     assert all(row["error"] < 1e-3 for row in rows if row.get("products"))
     ours, unrolled = (
-        series(rows, "steps", name, "bytes")[1] for name in ("difflbfgs", "unrolled SGD")
+        report.curve(rows, "steps", name, "bytes")[1] for name in ("difflbfgs", "unrolled SGD")
     )
     assert len(set(ours)) == 1, "temporary memory does not depend on the number of steps"
     assert unrolled[-1] > 10 * unrolled[0]

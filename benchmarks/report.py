@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 import harness
 
@@ -123,8 +124,79 @@ def tasks_table(rows: list[dict]) -> str:
     for key in dict.fromkeys((row["solver"], row["how"]) for row in rows):
         own = {row["tasks"]: row for row in rows if (row["solver"], row["how"]) == key}
         speeds = [f"{n / own[n]['seconds']:.3g}" if n in own else "" for n in sizes]
-        error = max(row["error"] for row in own.values())
+        error = np.max([row["error"] for row in own.values()])  # NaN if one is
         lines.append(f"| {key[0]}, `{key[1]}` | {error:.0e} | {' | '.join(speeds)} |")
+    return "\n".join(lines)
+
+
+def curve(rows: list[dict], sweep: str, name: str, quantity: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sizes, and a contestant's values, of a sweep of `growth.py`."""
+    own = [row for row in rows if (row["sweep"], row["contestant"]) == (sweep, name)]
+    return np.array([row["size"] for row in own]), np.array([row[quantity] for row in own])
+
+
+def exponent(sizes: np.ndarray, values: np.ndarray) -> float:
+    """Return the power of the size that the values grow like, over the upper half."""
+    upper = slice((len(sizes) - 1) // 2, None)
+    return np.polyfit(np.log(sizes[upper]), np.log(values[upper]), 1)[0]
+
+
+def growth_table(rows: list[dict]) -> str:
+    """Return a table of what the largest size of each sweep costs, and of the exponents."""
+    names = ("time", "grows like", "temporary memory", "grows like", "evaluations", "products")
+    lines = [f"| | | error | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    for sweep, name in dict.fromkeys((row["sweep"], row["contestant"]) for row in rows):
+        last = [row for row in rows if (row["sweep"], row["contestant"]) == (sweep, name)][-1]
+        timed = "seconds" in last
+        cells = [
+            f"{last['size']} {sweep}",
+            name,
+            f"{last['error']:.0e}" if timed else "",
+            milliseconds(last) if timed else "",
+            f"{exponent(*curve(rows, sweep, name, 'seconds')):.2f}" if timed else "",
+            f"{last['bytes'] / 2**20:.3g} MiB",
+            f"{exponent(*curve(rows, sweep, name, 'bytes')):.2f}",
+            str(last.get("evaluations", "")),
+            str(last.get("products", "")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def compiling_table(rows: list[dict]) -> str:
+    """Return a table of what precedes the first run."""
+    lines = ["| | | tracing and lowering | XLA | instructions | copies |", "|---" * 6 + "|"]
+    for row in rows:
+        seconds = f"{row['trace_seconds']:.1f} s | {row['compile_seconds']:.1f} s"
+        size = f"{row['instructions']} | {row['copies']:.0f}"
+        lines.append(f"| {row['problem']} | {row['contestant']} | {seconds} | {size} |")
+    return "\n".join(lines)
+
+
+def forward_table(rows: list[dict]) -> str:
+    """Return a table of how dependable the forward solvers are.
+
+    What is solved is counted without the family of those that have no smooth minimum; evaluations
+    are the median ratio to SciPy's, over what both solved.
+    """
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    kinds = ("solved", "evaluations", "false successes", "rises")
+    heads = [f"{kind}, {dtype}" for dtype in dtypes for kind in kinds]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for name in [key for key, value in rows[0].items() if isinstance(value, dict)]:
+        cells = []
+        for dtype in dtypes:
+            own = [row for row in rows if row["dtype"] == dtype]
+            smooth = [row for row in own if row["family"] != "rough"]
+            both = [row for row in smooth if row[name]["solved"] and row["SciPy"]["solved"]]
+            ratios = [row[name]["evaluations"] / row["SciPy"]["evaluations"] for row in both]
+            cells += [
+                f"{sum(row[name]['solved'] for row in smooth)} of {len(smooth)}",
+                f"{np.median(ratios):.2f}",
+                str(sum(row[name]["false"] for row in own)),
+                str(sum(row[name]["rises"] > 0 for row in own)),
+            ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -188,6 +260,9 @@ TABLES = {
     "limit": limit_table,
     "overhead": overhead_table,
     "tasks": tasks_table,
+    "growth": growth_table,
+    "compiling": compiling_table,
+    "forward": forward_table,
 }
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 

@@ -45,6 +45,7 @@ ENDINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), DOCUMENTS.items())
 def test_blocks_print_what_they_say(name, least):
     blocks = re.findall(r"^```(python|text)\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S)
@@ -112,7 +113,6 @@ def test_the_citation_has_the_version():
     assert f'\nversion = "{difflbfgs.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.slow
 def test_the_tables_are_those_last_recorded(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report: Any = importlib.import_module("report")
@@ -123,6 +123,7 @@ def test_the_tables_are_those_last_recorded(monkeypatch):
         assert sum(page.count(f"<!-- {name} -->\n\n| ") for page in pages) == is_recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_examples_run(path, monkeypatch, tmp_path):
     picture = tmp_path / "picture.png"
