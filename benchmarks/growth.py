@@ -142,6 +142,12 @@ def memory_by_steps():
             }
 
 
+def series(rows, sweep, name, quantity):
+    """Return sizes and values of one curve."""
+    own = [row for row in rows if (row["sweep"], row["contestant"]) == (sweep, name)]
+    return np.array([row["size"] for row in own]), np.array([row[quantity] for row in own])
+
+
 def draw(rows, path):
     """Save times of every sweep, and memory against steps."""
     figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
@@ -149,7 +155,7 @@ def draw(rows, path):
         axes, [*((sweep, "seconds") for sweep in SWEEPS), ("steps", "bytes")], strict=True
     ):
         for k, name in enumerate(CONTEST):
-            sizes, values = report.curve(rows, sweep, name, quantity)
+            sizes, values = series(rows, sweep, name, quantity)
             if len(sizes):
                 color = "black" if name == "difflbfgs" else f"C{k}"
                 scale = 1e3 if quantity == "seconds" else 2**-20
@@ -185,7 +191,7 @@ def main():
         draw(rows, options.output)
     assert all(row["error"] < 1e-3 for row in rows if row.get("products"))
     ours, unrolled = (
-        report.curve(rows, "steps", name, "bytes")[1] for name in ("difflbfgs", "unrolled SGD")
+        series(rows, "steps", name, "bytes")[1] for name in ("difflbfgs", "unrolled SGD")
     )
     assert len(set(ours)) == 1, "temporary memory does not depend on the number of steps"
     assert unrolled[-1] > 10 * unrolled[0]

@@ -129,16 +129,11 @@ def tasks_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def curve(rows: list[dict], sweep: str, name: str, quantity: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sizes, and a contestant's values, of a sweep of `growth.py`."""
-    own = [row for row in rows if (row["sweep"], row["contestant"]) == (sweep, name)]
-    return np.array([row["size"] for row in own]), np.array([row[quantity] for row in own])
-
-
-def exponent(sizes: np.ndarray, values: np.ndarray) -> float:
-    """Return the power of the size that the values grow like, over the upper half."""
-    upper = slice((len(sizes) - 1) // 2, None)
-    return np.polyfit(np.log(sizes[upper]), np.log(values[upper]), 1)[0]
+def exponent(rows: list[dict], quantity: str) -> float:
+    """Return the power of the size that a quantity grows like, over the upper half of the rows."""
+    upper = rows[(len(rows) - 1) // 2 :]
+    sizes, values = ([row[key] for row in upper] for key in ("size", quantity))
+    return np.polyfit(np.log(sizes), np.log(values), 1)[0]
 
 
 def growth_table(rows: list[dict]) -> str:
@@ -146,16 +141,17 @@ def growth_table(rows: list[dict]) -> str:
     names = ("time", "grows like", "temporary memory", "grows like", "evaluations", "products")
     lines = [f"| | | error | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
     for sweep, name in dict.fromkeys((row["sweep"], row["contestant"]) for row in rows):
-        last = [row for row in rows if (row["sweep"], row["contestant"]) == (sweep, name)][-1]
+        own = [row for row in rows if (row["sweep"], row["contestant"]) == (sweep, name)]
+        last = own[-1]
         timed = "seconds" in last
         cells = [
             f"{last['size']} {sweep}",
             name,
             f"{last['error']:.0e}" if timed else "",
             milliseconds(last) if timed else "",
-            f"{exponent(*curve(rows, sweep, name, 'seconds')):.2f}" if timed else "",
+            f"{exponent(own, 'seconds'):.2f}" if timed else "",
             f"{last['bytes'] / 2**20:.3g} MiB",
-            f"{exponent(*curve(rows, sweep, name, 'bytes')):.2f}",
+            f"{exponent(own, 'bytes'):.2f}",
             str(last.get("evaluations", "")),
             str(last.get("products", "")),
         ]

@@ -9,8 +9,8 @@ solves all tasks under `jax.vmap` and one after the other in `jax.lax.map`, as o
 that returns the gradient of every task. Medians of interleaved runs. The error is that of the worst
 of the first eight tasks, relative to a dense reference at a minimizer polished by Newton's method;
 it says whether two rows may be compared. It is NaN if a hypergradient is: at `rtol=1e-2` a Hessian
-is not positive definite yet. A contestant that would take over half a minute is left
-out. The claims are about 128 tasks and are asserted at the end.
+is not positive definite yet. A contestant that would take over half a minute is left out. The
+claims are about 128 tasks and are asserted at the end.
 """
 
 import functools
@@ -31,8 +31,8 @@ jax.config.update("jax_enable_x64", True)
 PROXIMAL = 2.0
 SIZES = (1, 32, 128, 1024)
 CHECKED = 8
-# How much longer peers are claimed to take for 128 tasks: vmapped, and one after the other.
-LEAST = {"JAXopt": 4, "Optimistix": 3, "map": 1 / 1.1}
+# How much longer peers must take for 128 tasks: vmapped, and one after the other.
+LEAST = {"JAXopt": 10, "Optimistix": 4, "map": 1 / 1.1}
 SLOW = 30.0
 
 
