@@ -72,17 +72,20 @@ class Dense(SymmetricSolver):
         return state[0]
 
     def _spectrum(self, matrix, sound):
-        """Return the eigendecomposition, or zeros where the factorisation is `sound`.
+        """Return the eigendecomposition, or nothing of use where the factorisation is `sound`.
 
         A loop of at most one trip, not a `cond`: under `vmap` it runs only if some lane needs it.
+        The matrix is what the loop carries, as XLA moves what does not change out of loops, to
+        where it would always be computed.
         """
 
-        def decompose(_):
+        def decompose(carry):
+            _, matrix, _ = carry
             return (*jnp.linalg.eigh(matrix), jnp.asarray(True))
 
-        nothing = (jnp.zeros_like(matrix[0]), jnp.zeros_like(matrix), sound)
         finite = jnp.all(jnp.isfinite(matrix))
-        return jax.lax.while_loop(lambda c: ~c[2] & finite, decompose, nothing)[:2]
+        start = (jnp.zeros_like(matrix[0]), matrix, sound)
+        return jax.lax.while_loop(lambda c: ~c[2] & finite, decompose, start)[:2]
 
     def compute(self, state, vector, options):
         """Solve with the factor, or with the eigendecomposition."""
