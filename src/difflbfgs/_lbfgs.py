@@ -247,7 +247,7 @@ def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> 
     patience = _patience(trial, now, pair, accepted, grad_norm)
     # After a restart, what the rejected quasi-Newton step promised counts, not what a step down
     # the gradient does.
-    predicted = jnp.where(jnp.isinf(now.predicted), trial.predicted, now.predicted)
+    predicted = jnp.where(jnp.isinf(now.predicted), trial.predicted(), now.predicted)
     waiting = accepted & ~patience.exhausted()
     done, result = _stopping.ending(
         successful=_stopping.passes(grad_norm, solver.atol, solver.rtol, reference, scale.local),
@@ -285,7 +285,7 @@ def _patience(trial: Trial, now: Progress, pair: Pair, accepted, grad_norm) -> P
     progress = (trial.f < now.least_f - _stopping.rounding(now.least_f)) | (
         grad_norm < 0.5 * now.least_grad_norm
     )
-    steep = _vector.dot(trial.g, pair.s) <= 0.9 * _vector.dot(now.g, pair.s)
+    steep = _vector.dot(pair.s, pair.y) <= -0.1 * trial.slope  # g⁺ᵀs is still 0.9 gᵀs
     runaway = accepted & steep & (trial.step_size >= _stopping.RUNAWAY_STEP)
     return Patience(
         stalled=jnp.where(accepted & progress, 0, now.patience.stalled + accepted),

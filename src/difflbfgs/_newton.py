@@ -15,6 +15,9 @@ from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 
+# In exact arithmetic as many products as variables would do; on ill-conditioned problems rounding
+# makes it several times as many.
+_PRODUCTS_PER_VARIABLE = 10
 _MAX_PRODUCTS = 2000
 
 
@@ -28,7 +31,8 @@ def newton_step(
     """
     grad_norm = _vector.norm(g)
     forcing = jnp.clip(target / _vector.nonzero(grad_norm), _vector.epsilon(g), 0.1)
-    solver = ConjugateGradient(forcing, min(2 * _vector.size(g) + 10, _MAX_PRODUCTS))
+    most = min(_PRODUCTS_PER_VARIABLE * _vector.size(g), _MAX_PRODUCTS)
+    solver = ConjugateGradient(forcing, most)
     operator = SymmetricOperator.of(hvp, g)
     unit = _vector.where(active, _vector.unit(g), _vector.zeros_like(g))
     solution = lx.linear_solve(operator, unit, solver, throw=False)

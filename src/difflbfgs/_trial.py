@@ -21,7 +21,7 @@ class Trial(eqx.Module):
         x, f, g: the point, and the objective and its gradient there.
         engine: the state of the Optax transformation after the proposal.
         step_size: the multiple of the quasi-Newton step `d` that the line search chose.
-        predicted: `-gᵀd`, twice the decrease that the quadratic model predicts for `d`.
+        slope: `gᵀs`, the change of the objective that its gradient predicts for the step `s`.
         num_fun_evals: evaluations spent.
     """
 
@@ -30,8 +30,13 @@ class Trial(eqx.Module):
     g: Vector
     engine: Any
     step_size: Scalar
-    predicted: Scalar
+    slope: Scalar
     num_fun_evals: Count
+
+    def predicted(self) -> Scalar:
+        """Return `-gᵀd`, twice the decrease that the quadratic model predicts for `d`."""
+        moved = self.step_size > 0
+        return jnp.where(moved, -self.slope / jnp.where(moved, self.step_size, 1), jnp.inf)
 
 
 def propose(
@@ -63,15 +68,13 @@ def propose(
     else:
         f_new, g_new = search.value, search.grad
     step_size = jnp.asarray(getattr(search, "learning_rate", 1.0), _vector.dtype(x))
-    moved = step_size > 0
-    decrease = -_vector.dot(g, updates) / jnp.where(moved, step_size, 1)
     return Trial(
         x=x_new,
         f=f_new,
         g=g_new,
         engine=state,
         step_size=step_size,
-        predicted=jnp.where(moved, decrease, jnp.inf),
+        slope=_vector.dot(g, updates),
         num_fun_evals=jnp.asarray(evaluations, jnp.int32),
     )
 
