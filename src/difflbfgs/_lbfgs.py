@@ -58,8 +58,9 @@ class LBFGS(eqx.Module):
         memory_size: number of curvature pairs kept.
         linesearch: an Optax line search transformation. `None`: Optax's zoom search, with 20
             evaluations at most, for the strong Wolfe conditions with constants 1e-4 and 0.9.
-        polish: number of Newton-CG steps that follow; 0 for none. Otherwise a warm start takes up
-            to three before L-BFGS too, where it is near enough.
+        polish: number of Newton-CG steps that follow, each with up to ten Hessian products a
+            variable and 2000 in all; 0 for none. Otherwise a warm start takes up to three before
+            L-BFGS too, where it is near enough.
         flatten: work on one flat vector. `False` keeps the leaves of `x0` and their sharding.
 
     Raises:
