@@ -38,3 +38,12 @@ def forget_compiled_programs():
     """Compiled programs are memory maps, of which Linux grants a process some ten thousand."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def optimized():
+    """Compile as users do: XLA moves things about, and programs of the same steps round alike."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -101,15 +101,6 @@ def test_other_functions():
     assert model(x[0]).shape == (1,)
 
 
-@pytest.fixture
-def optimized():
-    """Compile as users do: only then do two programs of the same steps round alike."""
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.mark.usefixtures("optimized")
 def test_takes_the_steps_of_minimize():
     y0 = jnp.array([-1.2, 1.0])

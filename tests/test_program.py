@@ -32,15 +32,6 @@ def test_at_most_three_copies_of_the_objective(polish, throw):
     assert 2 <= copies(solve, 1.0) <= 3
 
 
-def as_users_compile(function, *args):
-    """Compile with all optimizations, of which the tests do without most."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        return jax.jit(function).lower(*args).compile()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
-
-
 N = 3000
 
 
@@ -98,13 +89,14 @@ def test_small_problems_assemble_one_matrix_for_all_cotangents():
     assert not re.search(r"f64\[9,9,9\]", text)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_positive_definite_matrix_is_not_decomposed():
     """XLA moves what does not change out of loops, and would compute it at every call."""
 
     def hypergradient(theta):
         return jax.grad(lambda t: jnp.sum(dl.minimize(objective, jnp.zeros(9), t).value))(theta)
 
-    text = as_users_compile(hypergradient, jnp.ones(9)).as_text()
+    text = jax.jit(hypergradient).lower(jnp.ones(9)).compile().as_text()
     computations = [part for part in text.split("\n\n") if "_dsyevd" in part]
     bodies = re.findall(r" body=%([\w.-]+)", text)
     assert len(computations) == 1
