@@ -1,10 +1,12 @@
 """Run every benchmark, one after the other, each in a process of its own.
 
     pip install -e ".[benchmarks]"
-    python -m benchmarks [--quick] [--record] [names ...]
+    python -m benchmarks [--quick | --full] [--record] [names ...]
 
-With `--record`, numbers go to `benchmarks/results`, pictures to `docs`, and the tables of README.md
-and docs/benchmarks.md are written anew. Exits with 1 if a claim does not hold.
+All take under 20 minutes on two cores, with `--full` two hours, with `--quick` five minutes. With
+`--record`, which goes with `--full`, numbers go to `benchmarks/results`, pictures to `docs`, and
+the tables of README.md and docs/benchmarks.md are written anew. Exits with 1 if a claim does not
+hold.
 """
 
 import argparse
@@ -42,17 +44,19 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", help=f"some of: {', '.join(SCRIPTS)}; default: all")
-    parser.add_argument("--quick", action="store_true", help="a small part of each, for tests")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a small part of each, for tests")
+    size.add_argument("--full", action="store_true", help="all of each, however long")
     parser.add_argument("--record", action="store_true", help="keep numbers and pictures")
     options = parser.parse_args()
     if unknown := set(options.names) - set(SCRIPTS):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
-    if options.quick and options.record:
-        parser.error("--record keeps whole runs: drop --quick")
+    if options.record and not options.full:
+        parser.error("--record keeps full runs: add --full")
     failed = []
     for name in options.names or SCRIPTS:
         command = [sys.executable, str(HERE / f"{name}.py")]
-        command += ["--quick"] if options.quick else []
+        command += ["--quick"] if options.quick else ["--full"] if options.full else []
         if options.record:
             command += ["--results", str(HERE / "results" / f"{name}.json")]
             if name in DRAWN:

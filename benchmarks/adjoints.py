@@ -1,6 +1,6 @@
 """What do the quasi-Newton adjoint and the L-BFGS preconditioner cost, and how wrong is the first?
 
-    python benchmarks/adjoints.py [--quick] [--results file.json]
+    python benchmarks/adjoints.py [--quick | --full] [--results file.json]
 
 For each problem and memory size, at the default tolerance in float64: products with the Hessian
 that conjugate gradients takes for the adjoint, plain and preconditioned with the solve's memory,
@@ -18,6 +18,9 @@ from collection import COLLECTION, exact_hypergradient
 
 jax.config.update("jax_enable_x64", True)
 
+NAMES = (
+    "softmax e-4", "softmax e-6", "softmax e-9", "network", "hyper-cleaning", "distillation",
+)  # fmt: skip
 REFINE = (0, 1, 2, 5, 10)
 
 
@@ -25,17 +28,15 @@ def main():
     """Print the table and assert the claims."""
     options = harness.options(__doc__, picture=False)
     rows = []
-    names = (
-        "softmax e-4", "softmax e-6", "softmax e-9", "network", "hyper-cleaning", "distillation",
-    )  # fmt: skip
+    names = harness.sized(options, ("network",), ("softmax e-6", "network"), NAMES)
     print(
         f"{'problem':16s} {'memory':>6s} {'products: plain':>16s} {'lbfgs':>6s}   "
         + "".join(f"{'refine=' + str(k):>11s}" for k in REFINE)
     )
-    for name in ("network",) if options.quick else names:
+    for name in names:
         problem = COLLECTION[name]()
         exact = exact_hypergradient(problem)
-        for memory_size in (10,) if options.quick else (10, 30, 100):
+        for memory_size in (10, 30, 100) if options.full else (10,):
 
             def solved(adjoint, problem=problem, exact=exact, memory_size=memory_size):
                 solver = dl.LBFGS(memory_size=memory_size)

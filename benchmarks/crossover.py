@@ -1,12 +1,13 @@
 """Where should the adjoint stop assembling the Hessian? Dense against CG, one hypergradient.
 
-    python benchmarks/crossover.py [--quick] [--results file.json]
+    python benchmarks/crossover.py [--quick | --full] [--results file.json]
 
 For each size: compile both, interleave the runs, print medians and their ratio, for three kinds of
 problem: softmax regression, a small network with a proximal term, and an ill-conditioned quadratic,
 on which CG takes more steps than there are variables. What dense costs more on the easy ones buys
 certainty: it sees every curvature. Up to the threshold in use, `DENSE_SIZE`, it must not take more
-than twice as long; beyond, CG must win on the easy problems.
+than four times as long on these, and no more than half as long again on the ill-conditioned one;
+beyond, CG must win on the easy problems.
 """
 
 import functools
@@ -80,14 +81,14 @@ def main():
     print(f"{'problem':26s} {'n':>5s} {'dense':>10s} {'CG':>10s} {'dense / CG':>11s}")
     for problem in (softmax_regression, proximal_network, ill_conditioned_quadratic):
         easy = problem is not ill_conditioned_quadratic
-        for n in (20, 60) if options.quick else (20, 40, 60, 100, 200, 400):
+        for n in harness.sized(options, (20, 60), (20, 60, 100), (20, 40, 60, 100, 200, 400)):
             solvers = [_linear.Dense(), _krylov.ConjugateGradient(1e-7, 100 * n)]
             runs = {k: compiled(problem, n, solver) for k, solver in enumerate(solvers)}
             dense, cg = harness.seconds(runs, 15).values()
             name = problem.__name__
             rows.append({"problem": name, "variables": n, "dense": dense, "cg": cg})
             print(f"{name:26s} {n:5d} {dense * 1e3:7.2f} ms {cg * 1e3:7.2f} ms {dense / cg:11.2f}")
-            assert n > _adjoint.DENSE_SIZE or dense < 2 * cg
+            assert n > _adjoint.DENSE_SIZE or dense < (4 if easy else 1.5) * cg
             assert n <= _adjoint.DENSE_SIZE or not easy or cg < dense
     harness.record(options.results, rows, options.quick)
 

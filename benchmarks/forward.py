@@ -1,8 +1,7 @@
 """How dependable is the forward solve? Five L-BFGS codes on other people's problems.
 
     pip install -e ".[benchmarks]"
-    python benchmarks/forward.py [--quick] [--families MGH rough ...]
-                                 [--results file.json] [--output profile.png]
+    python benchmarks/forward.py [--quick | --full] [--results file.json] [--output profile.png]
 
 Every code is asked for `‖∇f(x)‖₂ <= τ max(1, ‖∇f(x0)‖₂)^½` with τ = 1e-6 in float64 and 1e-3 in
 float32, within 3000 evaluations. Optimistix has no test on the gradient: it is run at up to ten
@@ -15,12 +14,10 @@ has the performance profiles of Dolan & Moré (2002): the share of problems solv
 times the evaluations of the best.
 """
 
-import argparse
 import concurrent.futures
 import functools
 import itertools
 import multiprocessing
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +39,9 @@ SOLVERS = {
 }
 OURS = ("difflbfgs", "no polish")
 TAU = {"float64": 1e-6, "float32": 1e-3}
+# What is run without `--full`.
 QUICK = ("network", "cluster")
+USUAL = (*QUICK, "regression")
 
 
 def measure(family: str, dtype: str) -> list[dict]:
@@ -140,13 +139,8 @@ def draw(rows, path) -> None:
 
 def main():
     """Measure, print the tables, save numbers and picture, assert the claims."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two families, for tests")
-    parser.add_argument("--families", nargs="*", default=(), choices=list(objectives.FAMILIES))
-    parser.add_argument("--results", type=pathlib.Path, help="where to save every number")
-    parser.add_argument("--output", type=pathlib.Path, help="where to save the picture")
-    options = parser.parse_args()
-    families = QUICK if options.quick else options.families or list(objectives.FAMILIES)
+    options = harness.options(__doc__)
+    families = QUICK if options.quick else objectives.FAMILIES if options.full else USUAL
     print(f"{'':41s}" + " ".join(f"{name:>8s}" for name in SOLVERS))
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         tasks = zip(*itertools.product(families, TAU), strict=True)

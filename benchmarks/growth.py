@@ -1,6 +1,6 @@
 """How the cost of a hypergradient grows: with variables, hyperparameters, samples and steps.
 
-    python benchmarks/growth.py [--quick] [--results file.json] [--output file.png]
+    python benchmarks/growth.py [--quick | --full] [--results file.json] [--output file.png]
 
 - variables: smoothing of a signal of `n` values with a pseudo-Huber penalty on its differences, two
   hyperparameters. The condition number does not depend on `n`.
@@ -13,7 +13,8 @@ All are solved from zero in float64, by compiled programs, to tolerances that le
 size; the error is the distance to a hypergradient of ours at `rtol=1e-11`. Of each are shown time
 (medians of runs that take turns), temporary memory, evaluations, and, for ours, products with the
 Hessian. The exponents are those of a least-squares line through the logarithms, over the upper
-half of the sizes: time or memory grows like size to this power.
+half of the sizes: time or memory grows like size to this power. Without `--full` the largest of
+each sweep is left out.
 """
 
 import functools
@@ -174,7 +175,7 @@ def main():
     for sweep, (make, sizes) in SWEEPS.items():
         if options.quick and sweep == "hyperparameters":
             continue  # one of these takes as long as all others
-        for size in sizes[:2] if options.quick else sizes:
+        for size in sizes[:2] if options.quick else sizes if options.full else sizes[:-1]:
             for row in measure(sweep, size, make(size)):
                 rows.append(row)
                 print(

@@ -14,20 +14,30 @@ from typing import Any, TypeVar
 import jax
 
 _Key = TypeVar("_Key", bound=Hashable)
+_T = TypeVar("_T")
+
+TURN = 0.02
 
 PACKAGES = ("difflbfgs", "jax", "jaxlib", "optax", "lineax", "optimistix", "jaxopt", "scipy")
 
 
 def options(description: str | None, picture: bool = True) -> argparse.Namespace:
-    """Return the command line: `quick`, `results` and, of one that draws, `output`."""
+    """Return the command line: `quick`, `full`, `results` and, of one that draws, `output`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a small part, for tests")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a small part, for tests")
+    size.add_argument("--full", action="store_true", help="what was recorded, however long")
     parser.add_argument("--results", type=pathlib.Path, help="where to save every number (JSON)")
     if picture:
         parser.add_argument("--output", type=pathlib.Path, help="where to save the picture (PNG)")
     return parser.parse_args()
+
+
+def sized(options: argparse.Namespace, quick: _T, usual: _T, full: _T) -> _T:
+    """Return what the command line asks for."""
+    return quick if options.quick else full if options.full else usual
 
 
 @dataclasses.dataclass
@@ -82,20 +92,30 @@ def seconds(
 ) -> dict[_Key, float]:
     """Return the median seconds of each run.
 
-    The runs take turns, so that a busy moment of the machine is shared. Each is warmed up once, and
-    left out of further turns when it has taken `budget` seconds.
+    The runs take turns, so that a busy moment of the machine is shared. In a turn a short run is
+    called many times in a row, as an outer loop calls it, for about `TURN` seconds. Each is warmed
+    up once, and left out of further turns when it has taken `budget` seconds.
     """
-    taken: dict[_Key, list[float]] = {key: [] for key in runs}
-    for turn in range(1 + repeats):
+    taken: dict[_Key, list[float]] = {}
+    calls = {}
+    for key, run in runs.items():
+        first = _seconds_of(run, 1)
+        calls[key] = max(1, round(TURN / first))
+        # Of a run that takes all its time, the warming up is the only one.
+        taken[key] = [first] if first > budget else []
+    for _ in range(repeats):
         for key, run in runs.items():
-            if sum(taken[key]) < budget or not taken[key]:
-                begin = time.perf_counter()
-                jax.block_until_ready(run())
-                lasted = time.perf_counter() - begin
-                # The first turn warms up; of a run that takes all its time, it is the only one.
-                if turn or lasted > budget:
-                    taken[key].append(lasted)
+            if calls[key] * sum(taken[key]) < budget:
+                taken[key].append(_seconds_of(run, calls[key]))
     return {key: statistics.median(each) for key, each in taken.items()}
+
+
+def _seconds_of(run: Callable[[], Any], calls: int) -> float:
+    """Return the mean seconds of so many calls in a row."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        jax.block_until_ready(run())
+    return (time.perf_counter() - begin) / calls
 
 
 def record(path: pathlib.Path | None, rows: Iterable[Mapping[str, Any]], quick: bool) -> None:

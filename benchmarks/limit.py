@@ -1,6 +1,6 @@
 """How far from the limit? The time of a hypergradient over that of the work in it.
 
-    python benchmarks/limit.py [--quick] [--results file.json] [--output file.png]
+    python benchmarks/limit.py [--quick | --full] [--results file.json] [--output file.png]
 
 The limit is what the evaluations of the inner objective with its gradient, and the products with
 its linearised Hessian, take by themselves: `evaluations · a + products · b`, with `a` and `b`
@@ -10,7 +10,8 @@ runs, default settings, float64.
 
 A ratio near 1 is reached where the objective costs more than the `4 · memory_size · n`
 multiplications of a step; on the smoothing problem, whose objective costs about `20 n`, the
-recursion is most of the work, in every L-BFGS.
+recursion is most of the work, in every L-BFGS. Up to 64 variables most products are made at once,
+by one batched program, which takes less than one after the other: the ratio may fall below 1.
 """
 
 import functools
@@ -25,6 +26,7 @@ import difflbfgs as dl
 import growth
 import harness
 from collection import COLLECTION
+from difflbfgs import _adjoint
 
 matplotlib.use("Agg")
 
@@ -45,6 +47,9 @@ PROBLEMS = {
     "smoothing 1e3": functools.partial(growth.smoothing, 1000),
     "smoothing 1e5": functools.partial(growth.smoothing, 100_000),
 }
+
+
+USUAL = [name for name in PROBLEMS if name not in ("MNIST cleaning", "samples 1e5")]
 
 
 def hessian_products(problem):
@@ -113,7 +118,7 @@ def main():
     options = harness.options(__doc__)
     rows = []
     print(f"{'problem':16s} {'n':>7s} {'evaluations':>18s} {'products':>18s} {'limit':>10s} ratio")
-    for name in ("logistic",) if options.quick else PROBLEMS:
+    for name in harness.sized(options, ("logistic",), USUAL, PROBLEMS):
         row = measure(name, 7)
         rows.append(row)
         print(
@@ -127,8 +132,9 @@ def main():
     harness.record(options.results, rows, options.quick)
     if options.output:
         draw(rows, options.output)
-    # A ratio below 1 would mean that something is not counted.
-    assert all(row["seconds"] > 0.7 * row["limit_seconds"] for row in rows)
+    # Of products made one by one, a ratio below 1 would mean that something is not counted.
+    one_by_one = [row for row in rows if row["variables"] > _adjoint.DENSE_SIZE]
+    assert all(row["seconds"] > 0.7 * row["limit_seconds"] for row in one_by_one)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does the Newton polish pay? Cost at equal error, polish on against polish off.
 
-    python benchmarks/polish.py [--quick] [--results file.json]
+    python benchmarks/polish.py [--quick | --full] [--results file.json]
 
 For each problem and each of three tolerances with the polish: its error, its cost, and that of the
 loosest tolerance without polish that is at least as exact. The cost is that of one hypergradient,
@@ -19,6 +19,7 @@ import harness
 from collection import COLLECTION, exact_hypergradient
 
 jax.config.update("jax_enable_x64", True)
+NAMES = ("softmax e-4", "softmax e-6", "softmax e-9", "network", "distillation")
 
 
 def hypergradient(problem, polish):
@@ -38,13 +39,13 @@ def main():
     """Print the table and assert the claim."""
     options = harness.options(__doc__, picture=False)
     rows = []
-    names = ("softmax e-4", "softmax e-6", "softmax e-9", "network", "distillation")
+    names = harness.sized(options, NAMES[:1], NAMES[1::2], NAMES)
     print(
         f"{'problem':16s} {'rtol on':>8s} {'error':>8s} {'cost':>5s} {'rtol off':>9s} "
         f"{'error':>8s} {'cost':>5s} {'cost on/off':>12s} {'time on/off':>12s}"
     )
     costs, times = [], []
-    for name in names[:1] if options.quick else names:
+    for name in names:
         problem = COLLECTION[name]()
         exact = exact_hypergradient(problem)
         polished, plain = (hypergradient(problem, polish) for polish in (1, 0))

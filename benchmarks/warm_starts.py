@@ -1,6 +1,6 @@
 """What does `info.state` save? Thirty small outer steps, each started cold or warm.
 
-    python benchmarks/warm_starts.py [--quick] [--results file.json]
+    python benchmarks/warm_starts.py [--quick | --full] [--results file.json]
 
 Gradient descent on the weight decays of a softmax regression on digits, on the weights of the
 samples in hyper-cleaning, and on the images of a distillation; and, to see where the saving ends,
@@ -45,9 +45,9 @@ def main():
         f"{'problem':16s} {'step':>6s} {'cold: evaluations':>18s} {'products':>9s} "
         f"{'warm: evaluations':>18s} {'products':>9s} {'saved':>7s} {'trajectory':>11s}"
     )
-    for name in NAMES[1:2] if options.quick else NAMES:
+    for name in harness.sized(options, NAMES[1:2], NAMES, NAMES):
         problem = COLLECTION[name]()
-        for relative in (1e-2,) if options.quick else (1e-2, 1e-3):
+        for relative in (1e-2, 1e-3) if options.full else (1e-2,):
             length = relative * float(jnp.maximum(1, jnp.linalg.norm(problem.theta)))
             cold_theta, cold = descend(problem, 30, length, warm=False)
             warm_theta, warm = descend(problem, 30, length, warm=True)
