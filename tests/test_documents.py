@@ -113,9 +113,21 @@ def test_the_citation_has_the_version():
     assert f'\nversion = "{difflbfgs.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_tables_are_those_last_recorded(monkeypatch):
+@pytest.fixture
+def report(monkeypatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    report: Any = importlib.import_module("report")
+    return importlib.import_module("report")
+
+
+def test_times_are_read_off_the_curve(report):
+    curve = [{"error": float(e), "seconds": s} for e, s in (("nan", 9), (1e-2, 1), (1e-4, 4))]
+    assert report.seconds_at(1e-3, curve) == pytest.approx(2)
+    assert report.seconds_at(1e-4, curve) == pytest.approx(4)
+    assert report.seconds_at(1e-5, curve) == float("inf")
+    assert report.seconds_at(0.1, curve) == 1  # nothing is known of what precedes a NaN
+
+
+def test_the_tables_are_those_last_recorded(report):
     pages = [page.read_text() for page in report.PAGES]
     assert [report.written(page) for page in pages] == pages
     for name in report.TABLES:
