@@ -45,7 +45,7 @@ def main():
         f"{'problem':16s} {'step':>6s} {'cold: evaluations':>18s} {'products':>9s} "
         f"{'warm: evaluations':>18s} {'products':>9s} {'saved':>7s} {'trajectory':>11s}"
     )
-    for name in harness.sized(options, NAMES[1:2], NAMES, NAMES):
+    for name in NAMES[1:2] if options.quick else NAMES:
         problem = COLLECTION[name]()
         for relative in (1e-2, 1e-3) if options.full else (1e-2,):
             length = relative * float(jnp.maximum(1, jnp.linalg.norm(problem.theta)))
