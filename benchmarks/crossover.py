@@ -81,7 +81,7 @@ def main():
     print(f"{'problem':26s} {'n':>5s} {'dense':>10s} {'CG':>10s} {'dense / CG':>11s}")
     for problem in (softmax_regression, proximal_network, ill_conditioned_quadratic):
         easy = problem is not ill_conditioned_quadratic
-        for n in harness.sized(options, (20, 60), (20, 60, 100), (20, 40, 60, 100, 200, 400)):
+        for n in (20, 40, 60, 100, 200, 400) if options.full else (20, 60):
             solvers = [_linear.Dense(), _krylov.ConjugateGradient(1e-7, 100 * n)]
             runs = {k: compiled(problem, n, solver) for k, solver in enumerate(solvers)}
             dense, cg = harness.seconds(runs, 15).values()

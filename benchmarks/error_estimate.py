@@ -1,6 +1,6 @@
 """Is the error estimate right? `error_estimate / true error` on many problems and tolerances.
 
-    python benchmarks/error_estimate.py [--quick] [--results file.json]
+    python benchmarks/error_estimate.py [--quick | --full] [--results file.json]
 
 In float64 each problem is solved to gradient tolerances of 1e-1, 1e-2 and 1e-3 (with the Newton
 polish) and to the default. The true error is that against dense float64 algebra. The ratio must be
@@ -21,19 +21,20 @@ from collection import COLLECTION, exact_hypergradient
 jax.config.update("jax_enable_x64", True)
 
 ROUNDING = 1e-13
+SMALL = ("ridge", "logistic", "robust", "poisson")
+USUAL = (*SMALL, "softmax e-6", "network", "distillation")
 
 
 def main():
     """Print the table and assert the claim."""
     options = harness.options(__doc__, picture=False)
     rows = []
-    small = ("ridge", "logistic", "robust", "poisson")
     print(
         f"{'problem':18s} {'rtol':>8s} {'true error':>11s} {'estimate':>11s} {'ratio':>7s} "
         f"{'evaluations':>12s} {'products: adjoint':>18s} {'estimate':>9s}"
     )
     shares, ratios = [], []
-    for name in small if options.quick else COLLECTION:
+    for name in harness.sized(options, SMALL, USUAL, COLLECTION):
         problem = COLLECTION[name]()
         exact = exact_hypergradient(problem)
         size = np.linalg.norm(exact)

@@ -13,8 +13,8 @@ All are solved from zero in float64, by compiled programs, to tolerances that le
 size; the error is the distance to a hypergradient of ours at `rtol=1e-11`. Of each are shown time
 (medians of runs that take turns), temporary memory, evaluations, and, for ours, products with the
 Hessian. The exponents are those of a least-squares line through the logarithms, over the upper
-half of the sizes: time or memory grows like size to this power. Without `--full` the largest of
-each sweep is left out.
+half of the sizes: time or memory grows like size to this power. Without `--full` every other size
+is left out, and the largest.
 """
 
 import functools
@@ -175,7 +175,7 @@ def main():
     for sweep, (make, sizes) in SWEEPS.items():
         if options.quick and sweep == "hyperparameters":
             continue  # one of these takes as long as all others
-        for size in sizes[:2] if options.quick else sizes if options.full else sizes[:-1]:
+        for size in harness.sized(options, sizes[:2], sizes[:-1:2], sizes):
             for row in measure(sweep, size, make(size)):
                 rows.append(row)
                 print(

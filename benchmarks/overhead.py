@@ -1,6 +1,6 @@
 """What does a step cost beyond the objective? Loop and update of each L-BFGS, n = 10 to 1e6.
 
-    python benchmarks/overhead.py [--quick] [--results file.json]
+    python benchmarks/overhead.py [--quick | --full] [--results file.json]
 
 The objective is a chained quartic, cheap for its size, so that what the solver adds is seen. All
 solvers run as one compiled program for a fixed number of steps from the same start, memory 10, in
@@ -23,6 +23,7 @@ import harness
 
 jax.config.update("jax_enable_x64", True)
 STEPS = 30
+SIZES = (10, 100, 1000, 10_000, 100_000, 1_000_000)
 
 
 def objective(x, _=None):
@@ -99,7 +100,7 @@ def main():
     options = harness.options(__doc__, picture=False)
     rows = []
     print(f"{'n':>8s} {'µs alone':>9s} " + " ".join(f"{name:>11s}" for name in SOLVERS))
-    for n in (10, 1000) if options.quick else (10, 100, 1000, 10_000, 100_000, 1_000_000):
+    for n in harness.sized(options, (10, 1000), SIZES[:-1], SIZES):
         rows.append(measure(n))
         cells = " ".join(f"{rows[-1][name]:11.1f}" for name in SOLVERS)
         print(f"{n:8d} {1e6 * rows[-1]['seconds alone']:9.1f} {cells}", flush=True)

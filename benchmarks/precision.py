@@ -1,6 +1,6 @@
 """How exact is the default hypergradient, and is a wrong one ever silent?
 
-    python benchmarks/precision.py [--quick] [--results file.json]
+    python benchmarks/precision.py [--quick | --full] [--results file.json]
 
 First table: softmax regression on digits at default settings, in both precisions, against dense
 float64 algebra. The relative error must be below 1e-6 in float64 and below 2e-5 in float32.
@@ -45,7 +45,7 @@ def message(result):
     return results[result][:45]
 
 
-def digits(quick):
+def digits(decays):
     """Print the first table and assert its claim; return its rows."""
     rows = []
     print("softmax regression on digits, default settings")
@@ -53,7 +53,7 @@ def digits(quick):
         f"{'decay':>6s} {'dtype':>8s} {'error':>8s} {'estimate':>9s} {'evaluations':>12s} "
         f"{'products: polish':>17s} {'adjoint':>8s} {'estimate':>9s}"
     )
-    for log_decay in (-6.0,) if quick else (-4.0, -6.0, -9.0):
+    for log_decay in decays:
         for dtype in DTYPES:
             error, estimate, info = measured(
                 lambda dtype, e=log_decay: collection.softmax_regression(e, dtype),
@@ -84,7 +84,7 @@ def row(problem, parameter, dtype: Any, n, error, estimate):
     }
 
 
-def quadratics(quick):
+def quadratics(conditions):
     """Print the second table and assert its claim; return its rows."""
     rows = []
     print("\nquadratics in 20 variables (assembled) and in 100 (conjugate gradients)")
@@ -93,7 +93,7 @@ def quadratics(quick):
         f"{'min, max curvature':>19s}   verdict"
     )
     silent = 0
-    for condition in (1e2, 1e6) if quick else (1e2, 1e4, 1e6, 1e8):
+    for condition in conditions:
         for dtype in DTYPES:
             for n in (20, 100):
                 error, estimate, info = measured(
@@ -128,7 +128,9 @@ def quadratics(quick):
 def main():
     """Print both tables, assert the claims, record."""
     options = harness.options(__doc__, picture=False)
-    rows = digits(options.quick) + quadratics(options.quick)
+    decays = (-4.0, -6.0, -9.0) if options.full else (-6.0,)
+    conditions = harness.sized(options, (1e2, 1e6), (1e6, 1e8), (1e2, 1e4, 1e6, 1e8))
+    rows = digits(decays) + quadratics(conditions)
     harness.record(options.results, rows, options.quick)
 
 
