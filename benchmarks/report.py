@@ -44,12 +44,12 @@ def seconds_at(level: float, curve: list[dict]) -> float:
     The curve joins its settings, from loose to tight, by straight lines in the logarithms of error
     and time, so that nobody gains by a setting that happens to fall just below the level.
     """
-    found = math.inf
-    for before, after in itertools.pairwise([None, *curve]):
+    found, unknown = math.inf, {"error": math.nan, "seconds": math.nan}
+    for before, after in itertools.pairwise([unknown, *curve]):
         if not after["error"] <= level:
             continue
         seconds = after["seconds"]
-        if before and before["error"] > level:
+        if before["error"] > level:
             way = [math.log(max(row["error"], 1e-16) / level) for row in (before, after)]
             share = way[0] / (way[0] - way[1])
             seconds = before["seconds"] ** (1 - share) * after["seconds"] ** share
