@@ -41,7 +41,7 @@ OURS = ("difflbfgs", "no polish")
 TAU = {"float64": 1e-6, "float32": 1e-3}
 # What is run without `--full`.
 QUICK = ("network", "cluster")
-USUAL = ("regression",)
+USUAL = ("cluster",)
 
 
 def measure(family: str, dtype: str) -> list[dict]:
