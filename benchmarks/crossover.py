@@ -6,8 +6,8 @@ For each size: compile both, interleave the runs, print medians and their ratio,
 problem: softmax regression, a small network with a proximal term, and an ill-conditioned quadratic,
 on which CG takes more steps than there are variables. What dense costs more on the easy ones buys
 certainty: it sees every curvature. Up to the threshold in use, `DENSE_SIZE`, it must not take more
-than four times as long on these, and no more than half as long again on the ill-conditioned one;
-beyond, CG must win on the easy problems.
+than twice as long, and no more than half as long again on the ill-conditioned one; beyond, CG must
+win on the easy problems. The claims are asserted at the end.
 """
 
 import functools
@@ -77,7 +77,7 @@ def compiled(problem, n, linear_solver):
 def main():
     """Measure and print the table; assert that the threshold is a fair one."""
     options = harness.options(__doc__, picture=False)
-    rows = []
+    rows, short = [], []
     print(f"{'problem':26s} {'n':>5s} {'dense':>10s} {'CG':>10s} {'dense / CG':>11s}")
     for problem in (softmax_regression, proximal_network, ill_conditioned_quadratic):
         easy = problem is not ill_conditioned_quadratic
@@ -88,9 +88,14 @@ def main():
             name = problem.__name__
             rows.append({"problem": name, "variables": n, "dense": dense, "cg": cg})
             print(f"{name:26s} {n:5d} {dense * 1e3:7.2f} ms {cg * 1e3:7.2f} ms {dense / cg:11.2f}")
-            assert n > _adjoint.DENSE_SIZE or dense < (4 if easy else 1.5) * cg
-            assert n <= _adjoint.DENSE_SIZE or not easy or cg < dense
+            if n > _adjoint.DENSE_SIZE:
+                holds = not easy or cg < dense
+            else:
+                holds = dense < (2 if easy else 1.5) * cg
+            if not holds:
+                short.append(f"{name}, n = {n}: dense / CG = {dense / cg:.2f}")
     harness.record(options.results, rows, options.quick)
+    assert not short, short
 
 
 if __name__ == "__main__":

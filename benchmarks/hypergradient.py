@@ -132,9 +132,10 @@ def main():
     """Measure, print, record, draw, and assert the claims."""
     options = harness.options(__doc__)
     rows = []
-    names = list(PROBLEMS) if options.full else [name for name in PROBLEMS if name != LARGEST]
+    smaller = [name for name in PROBLEMS if name != LARGEST]
+    names = harness.sized(options, ["network"], smaller, list(PROBLEMS))
     for dtype in (jnp.float64, jnp.float32) if options.full else (jnp.float64,):
-        for name in ("network",) if options.quick else names:
+        for name in names:
             for row in measure(name, dtype, not options.full or dtype == jnp.float32):
                 rows.append(row)
                 print(

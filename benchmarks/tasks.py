@@ -209,7 +209,7 @@ def main():
     """Print the table, save numbers and picture."""
     options = harness.options(__doc__)
     rows = []
-    for row in measure((4,) if options.quick else SIZES if options.full else USUAL, 3):
+    for row in measure(harness.sized(options, (4,), USUAL, SIZES), 3):
         rows.append(row)
         print(
             f"{row['tasks']:5d} {row['solver']:28s} {row['how']:4s} {row['seconds']:9.3f} s "
