@@ -39,9 +39,7 @@ SOLVERS = {
 }
 OURS = ("difflbfgs", "no polish")
 TAU = {"float64": 1e-6, "float32": 1e-3}
-# What is run without `--full`.
-QUICK = ("network", "cluster")
-USUAL = ("cluster",)
+USUAL = ("network", "cluster")  # without `--full`
 
 
 def measure(family: str, dtype: str) -> list[dict]:
@@ -140,7 +138,7 @@ def draw(rows, path) -> None:
 def main():
     """Measure, print the tables, save numbers and picture, assert the claims."""
     options = harness.options(__doc__)
-    families = QUICK if options.quick else objectives.FAMILIES if options.full else USUAL
+    families = objectives.FAMILIES if options.full else USUAL
     print(f"{'':41s}" + " ".join(f"{name:>8s}" for name in SOLVERS))
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         tasks = zip(*itertools.product(families, TAU), strict=True)
