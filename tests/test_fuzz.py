@@ -91,18 +91,19 @@ starts = st.one_of(
 
 @pytest.mark.parametrize("polish", [0, 1])
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
-@given(theta=thetas(), start=starts)
-def test_any_objective_ends_truly(theta, start, dtype, polish):
+@given(theta=thetas(), start=starts, loose=st.sampled_from([0.0, 1e-2, 0.3]))
+def test_any_objective_ends_truly(theta, start, loose, dtype, polish):
     x0 = jnp.asarray(start, dtype)
+    rtol = max(loose, float(jnp.finfo(dtype).eps) ** 0.5)
     sol = dl.minimize(
         objective,
         x0,
         theta,
-        solver=dl.LBFGS(polish=polish),
+        solver=dl.LBFGS(rtol=jnp.asarray(rtol), polish=polish),
         max_steps=MAX_STEPS,
         throw=False,
     )
-    check(sol, x0, theta, dtype)
+    check(sol, x0, theta, dtype, rtol)
 
 
 KEYS = st.sampled_from(["value", "grad", "count", "", "0", "a/b", "learning_rate", "x0", "ß"])
@@ -186,7 +187,7 @@ def falls(x, g, theta, eps):
     return valley.min(initial=np.inf) < f - 2 * error
 
 
-def check(sol, x0, theta, dtype):
+def check(sol, x0, theta, dtype, rtol):
     """Assert that what the solution says of itself is so."""
     eps = float(jnp.finfo(dtype).eps)
     f0, g0 = (np.asarray(part, np.float64) for part in value_and_grad(x0, theta))
@@ -204,7 +205,7 @@ def check(sol, x0, theta, dtype):
     assert np.isfinite(g).all()
     assert f <= f0 + 10 * eps * abs(f0)
     if sol.result == dl.RESULTS.successful:
-        assert grad_norm <= np.sqrt(eps) * reference
+        assert grad_norm <= rtol * reference
     elif sol.result == dl.RESULTS.precision_limit:
         assert not falls(sol.value, g, theta, eps)
     elif sol.result == dl.RESULTS.max_steps_reached:
@@ -214,4 +215,4 @@ def check(sol, x0, theta, dtype):
         assert f < f0 or value_and_grad(far, theta)[0] < f0
     else:
         assert sol.result == dl.RESULTS.line_search_failed
-        assert grad_norm > np.sqrt(eps) * reference
+        assert grad_norm > rtol * reference

@@ -231,6 +231,70 @@ def test_lanes_agree_however_they_run(batching):
     assert relative_error(nested, alone) < 1e-12
 
 
+def flat_stretch(x, theta):
+    """Steep along x₁; along x₀ a valley so wide that the gradient there passes for nothing."""
+    return 50 * x[1] ** 2 + jnp.sqrt(1 + (x[0] - theta) ** 2)
+
+
+def concave_stretch(x, theta):
+    """Steep along x₁; along x₀ the shoulder of a bell, where the Hessian is indefinite."""
+    return 50 * x[1] ** 2 - jnp.exp(-((x[0] - theta) ** 2) / 2)
+
+
+STRETCHES = [flat_stretch, concave_stretch]
+BESIDE = jnp.asarray([3.0, 1.0])
+LOOSE = dl.LBFGS(rtol=0.03)
+
+
+@pytest.mark.parametrize("fun", STRETCHES)
+def test_a_newton_step_that_fails_says_that_the_minimum_is_not_near(fun):
+    def solve(solver):
+        return dl.minimize(fun, BESIDE, 0.5, solver=solver).value
+
+    assert solve(dl.LBFGS(rtol=LOOSE.rtol, polish=0))[0] > 2.9  # which is what was asked for
+    assert jnp.linalg.norm(solve(LOOSE) - jnp.asarray([0.5, 0])) < 1e-4
+
+
+def test_lanes_go_on_as_they_do_alone(batching):
+    thetas = jnp.asarray([0.5, 2.9, -0.3])
+
+    def solve(theta):
+        sol = dl.minimize(flat_stretch, BESIDE, theta, solver=LOOSE)
+        return sol.value[0], sol.stats.num_fun_evals
+
+    values, counts = jax.jit(jax.vmap(solve))(thetas)
+    assert jnp.max(jnp.abs(values - thetas)) < 1e-3
+    assert list(counts) == [solve(theta)[1] for theta in thetas]
+
+
+@pytest.mark.parametrize("fun", STRETCHES)
+def test_a_solve_that_goes_on_ends_truly_when_it_runs_out_of_steps(fun):
+    seen = set()
+    for max_steps in (1, 3, 6):
+        sol = dl.minimize(fun, BESIDE, 0.5, solver=LOOSE, max_steps=max_steps, throw=False)
+        small = sol.stats.grad_norm <= LOOSE.rtol * sol.stats.reference_grad_norm
+        right = dl.RESULTS.successful if small else dl.RESULTS.max_steps_reached
+        assert sol.result == right
+        assert sol.stats.num_steps <= max_steps
+        assert sol.objective <= fun(BESIDE, 0.5)
+        seen.add(bool(small))
+    assert seen == {True, False}
+
+
+def test_going_on_ends_at_the_default_tolerance():
+    """Newton's method converges linearly to this minimizer, and no step is ever good enough."""
+
+    def quartic(x, theta):
+        return 50 * x[1] ** 2 + (x[0] - theta) ** 4
+
+    def stats(rtol):
+        return dl.minimize(quartic, BESIDE, 0.5, solver=dl.LBFGS(rtol=rtol)).stats
+
+    loose, default = stats(0.03), stats(None)
+    assert loose.num_steps <= default.num_steps
+    assert loose.num_fun_evals <= default.num_fun_evals
+
+
 @pytest.mark.parametrize("batching", ["at once"], indirect=True)
 @pytest.mark.parametrize("polish", [0, 1])
 def test_the_memory_of_lanes_is_not_copied_at_every_step(batching, polish):

@@ -1,20 +1,10 @@
-"""L-BFGS: `optax.lbfgs` inside `jax.lax.while_loop`, and the checks that make it dependable.
+"""L-BFGS: its settings, and what one solve hands to the next."""
 
-Nocedal & Wright, Numerical Optimization (2006), algorithms 7.4 and 7.5, with the line search of
-algorithms 3.5 and 3.6. Optax proposes each step. The loop here takes it only if the objective does
-not rise and everything is finite, keeps its curvature pair only if that is positive, restarts the
-memory otherwise, and says how it ended.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import optax
 
-from difflbfgs import _curvature, _lanes, _stopping, _trial, _vector
 from difflbfgs._checks import (
     check_flag,
     check_linesearch,
@@ -23,13 +13,7 @@ from difflbfgs._checks import (
     check_tolerance,
     no_type_check,
 )
-from difflbfgs._curvature import Pair
-from difflbfgs._problem import Problem
-from difflbfgs._solution import count
-from difflbfgs._stopping import Patience, Scale
-from difflbfgs._trial import Point, Trial
-from difflbfgs._vector import Count, Flag, Scalar, Vector
-from difflbfgs._watch import Step, watch
+from difflbfgs._vector import Scalar, Vector
 
 
 @no_type_check
@@ -60,7 +44,9 @@ class LBFGS(eqx.Module):
             evaluations at most, for the strong Wolfe conditions with constants 1e-4 and 0.9.
         polish: number of Newton-CG steps that follow, each with up to ten Hessian products a
             variable and 2000 in all; 0 for none. Otherwise a warm start takes up to three before
-            L-BFGS too, where it is near enough.
+            L-BFGS too, where it is near enough; and where a step meets negative curvature or does
+            not make the gradient ten times smaller, a loose tolerance was met far from a minimum:
+            L-BFGS goes on, to the default tolerance at most.
         flatten: work on one flat vector. `False` keeps the leaves of `x0` and their sharding.
 
     Raises:
@@ -101,200 +87,3 @@ class WarmStart(eqx.Module):
     memory: optax.ScaleByLBFGSState
     reference: Scalar
     curvature: Scalar
-
-
-class Progress(eqx.Module):
-    """Where a solve stands; the carry of its loop."""
-
-    x: Vector
-    f: Scalar
-    g: Vector
-    grad_norm: Scalar
-    engine: Any
-    scale: Scale
-    reference: Scalar
-    least_f: Scalar
-    least_grad_norm: Scalar
-    patience: Patience
-    predicted: Scalar  # decrease predicted by the step last rejected; inf if it was accepted
-    fresh: Flag  # nothing was accepted since the memory was last restarted
-    done: Flag
-    result: Any
-    num_steps: Count
-    num_fun_evals: Count
-
-
-def initial_memory(solver: LBFGS, x: Vector, warm: WarmStart | None) -> optax.ScaleByLBFGSState:
-    """Return the memory to begin with: that of `warm`, or an empty one."""
-    empty: Any = solver.engine(_vector.epsilon(x)).init(x)
-    return empty[0] if warm is None else warm.memory
-
-
-def begin(
-    solver: LBFGS,
-    at: Point,
-    pair: Pair,
-    warm: WarmStart | None,
-    memory: optax.ScaleByLBFGSState,
-    num_fun_evals: Count,
-) -> Progress:
-    """Return the progress before the first step, with an empty `memory` and `pair`, or `warm`'s.
-
-    `pair` makes the first step as long as the curvature says, whatever the scale of the objective.
-    """
-    x, f, g = at.x, at.f, at.g
-    curvature = pair.curvature() if warm is None else warm.curvature
-    pair = pair if warm is None else _curvature.newest(warm.memory, warm.x, warm.g)
-    x_norm, grad_norm = _vector.norm(x), _vector.norm(g)
-    # The first step is no longer than 100 times the size of x, whatever the curvature says.
-    room = jnp.maximum(1, x_norm)
-    believed = jnp.isfinite(curvature) & (grad_norm <= 100 * room * curvature)
-    curvature = jnp.where(believed, curvature, grad_norm / room)
-    trusted = believed & pair.is_curved()
-    pair = _vector.where(trusted, pair, _curvature.isotropic(x, g, curvature))
-    initial: Any = solver.engine(_vector.epsilon(x)).init(x)
-    scale = Scale.first(grad_norm, curvature, x_norm)
-    reference = scale.reference()
-    if warm is not None:
-        memory = _vector.where(trusted, memory, _curvature.emptied(memory))
-        reference = jnp.where(trusted, warm.reference, reference)
-    finite = jnp.isfinite(f) & jnp.isfinite(grad_norm) & jnp.isfinite(x_norm)
-    sound = _vector.where(finite, (x, g, pair), _vector.zeros_like((x, g, pair)))
-    memory = _curvature.moved(memory, *sound)
-    nothing = jnp.asarray(False)
-    at_limit = nothing  # of a cold start the scales are not known
-    if warm is not None:
-        at_limit = _stopping.at_noise_level(f, grad_norm, jnp.full_like(f, jnp.inf), scale)
-    done, result = _stopping.ending(
-        successful=_stopping.passes(grad_norm, solver.atol, solver.rtol, reference, scale.local),
-        unbounded=nothing,
-        noise=at_limit,
-        stuck=nothing,
-        nonfinite_start=~finite,
-    )
-    return Progress(
-        x=x,
-        f=f,
-        g=g,
-        grad_norm=grad_norm,
-        engine=(memory, *initial[1:]),
-        scale=scale,
-        reference=reference,
-        least_f=f,
-        least_grad_norm=grad_norm,
-        patience=Patience(count(0), count(0)),
-        predicted=jnp.full_like(f, jnp.inf),
-        fresh=jnp.asarray(True),
-        done=done,
-        result=result,
-        num_steps=count(0),
-        num_fun_evals=num_fun_evals,
-    )
-
-
-def search(
-    problem: Problem,
-    start: Progress,
-    solver: LBFGS,
-    max_steps: int,
-    callback: Callable[[Step], None] | None,
-    fixed_reference: bool,
-) -> Progress:
-    """Take steps until the solve is over."""
-    if max_steps == 0:
-        return start
-
-    def unfinished(now: Progress):
-        return ~now.done & (now.num_steps < max_steps)
-
-    def advance(now: Progress):
-        waits = _lanes.waits(~unfinished(now))
-        after, step_size = take_step(problem, now, start.x, solver, fixed_reference)
-        counts, last = (after.num_steps, after.num_fun_evals), ~unfinished(after)
-        record = Step(*counts, after.f, after.grad_norm, step_size, last)
-        watch(callback, record, ~waits)
-        return _lanes.held(waits, now, after, lambda progress: _curvature.rows(progress.engine[0]))
-
-    return jax.lax.while_loop(lambda now: _lanes.anywhere(unfinished(now)), advance, start)
-
-
-def take_step(
-    problem: Problem, now: Progress, x0: Vector, solver: LBFGS, fixed_reference: bool
-) -> tuple[Progress, Scalar]:
-    """Take one step of a solve that began at `x0`; also return its size, 0 if it was rejected."""
-    engine = solver.engine(_vector.epsilon(now.x))
-    trial = _trial.propose(problem, engine, now.engine, now.x, now.f, now.g, now.done)
-    after = _judge(trial, now, x0, engine, solver, fixed_reference)
-    return after, jnp.where(after.fresh, 0, trial.step_size)
-
-
-def _judge(trial: Trial, now: Progress, x0, engine, solver, fixed_reference) -> Progress:
-    """Accept or reject the trial, keep or drop its pair, and see whether that was the end."""
-    pair = Pair(_vector.sub(trial.x, now.x), _vector.sub(trial.g, now.g))
-    s_norm, y_norm, x_norm, travel, g_norm = _vector.norms(
-        pair.s, pair.y, trial.x, _vector.sub(trial.x, x0), trial.g
-    )
-    level = now.least_f + _stopping.rounding(now.least_f)
-    finite = jnp.isfinite(trial.f) & jnp.isfinite(s_norm) & jnp.isfinite(g_norm)
-    accepted = finite & (trial.f <= level) & (s_norm > 0)
-    curved = accepted & pair.is_curved((s_norm, y_norm))
-    here, there = (now.x, now.f, now.g, now.grad_norm), (trial.x, trial.f, trial.g, g_norm)
-    x, f, g, grad_norm = _vector.where(accepted, there, here)
-
-    curvature = jnp.where(curved, pair.curvature((s_norm, y_norm)), 0)
-    scale = now.scale.after(s_norm, curvature, x_norm, travel)
-    scale = _vector.where(accepted, scale, now.scale)
-    reference = now.reference if fixed_reference else scale.reference()
-    patience = _patience(trial, now, pair, accepted, grad_norm)
-    # After a restart, what the rejected quasi-Newton step promised counts, not what a step down
-    # the gradient does.
-    predicted = jnp.where(jnp.isinf(now.predicted), trial.predicted(), now.predicted)
-    waiting = accepted & ~patience.exhausted()
-    done, result = _stopping.ending(
-        successful=_stopping.passes(grad_norm, solver.atol, solver.rtol, reference, scale.local),
-        unbounded=(trial.f == -jnp.inf) | patience.unbounded(),
-        noise=~waiting & _stopping.at_noise_level(f, grad_norm, predicted, scale),
-        stuck=~waiting & (accepted | now.fresh),
-        nonfinite_start=jnp.asarray(False),
-    )
-
-    def restarted():
-        return _restarted(trial.engine, engine.init(x), x, g, scale.curvature)
-
-    return Progress(
-        x=x,
-        f=f,
-        g=g,
-        grad_norm=grad_norm,
-        engine=jax.lax.cond(curved, lambda: trial.engine, restarted),
-        scale=scale,
-        reference=reference,
-        least_f=jnp.minimum(f, now.least_f),
-        least_grad_norm=jnp.minimum(grad_norm, now.least_grad_norm),
-        patience=patience,
-        predicted=jnp.where(accepted, jnp.inf, predicted),
-        fresh=~accepted,
-        done=done,
-        result=result,
-        num_steps=now.num_steps + 1,
-        num_fun_evals=now.num_fun_evals + trial.num_fun_evals,
-    )
-
-
-def _patience(trial: Trial, now: Progress, pair: Pair, accepted, grad_norm) -> Patience:
-    """Count the steps that made no progress, and those that found no bottom."""
-    progress = (trial.f < now.least_f - _stopping.rounding(now.least_f)) | (
-        grad_norm < 0.5 * now.least_grad_norm
-    )
-    steep = _vector.dot(pair.s, pair.y) <= -0.1 * trial.slope  # g⁺ᵀs is still 0.9 gᵀs
-    runaway = accepted & steep & (trial.step_size >= _stopping.RUNAWAY_STEP)
-    return Patience(
-        stalled=jnp.where(accepted & progress, 0, now.patience.stalled + accepted),
-        runaway=jnp.where(runaway, now.patience.runaway + 1, 0),
-    )
-
-
-def _restarted(state, initial, x, g, curvature):
-    """Return the engine's state with its memory emptied, about to step down the gradient."""
-    pair = _curvature.isotropic(x, g, curvature)
-    return _curvature.emptied(_curvature.moved(state[0], x, g, pair)), *initial[1:]

@@ -7,6 +7,7 @@ gradient and not the objective, it goes below the rounding error at which a line
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
 
@@ -19,22 +20,35 @@ from difflbfgs._vector import Count, Flag, Scalar, Vector
 # makes it several times as many.
 _PRODUCTS_PER_VARIABLE = 10
 _MAX_PRODUCTS = 2000
+_LEAST_ACCURACY = 0.05
+
+
+class Findings(eqx.Module):
+    """What a Newton step found out: whether its equations were solved, and extreme curvatures."""
+
+    solved: Flag
+    min_curvature: Scalar
+    max_curvature: Scalar
 
 
 def newton_step(
     hvp: Callable[[Vector], Vector], g: Vector, target: Scalar, active: Flag
-) -> tuple[Vector, Scalar, Scalar, Count]:
-    """Return `d` with `H d ≈ g`, the extreme curvatures along the way, and the products used.
+) -> tuple[Vector, Findings, Count]:
+    """Return `d` with `H d ≈ g`, what was found out along the way, and the products used.
 
-    The residual is brought below `target`, but at least below `‖g‖ / 10`. Unless `active`, `d` is
+    The residual is brought below `target`, but at least below `‖g‖ / 20`. Unless `active`, `d` is
     zero and costs nothing.
     """
     grad_norm = _vector.norm(g)
-    forcing = jnp.clip(target / _vector.nonzero(grad_norm), _vector.epsilon(g), 0.1)
+    forcing = jnp.clip(target / _vector.nonzero(grad_norm), _vector.epsilon(g), _LEAST_ACCURACY)
     most = min(_PRODUCTS_PER_VARIABLE * _vector.size(g), _MAX_PRODUCTS)
     solver = ConjugateGradient(forcing, most)
     operator = SymmetricOperator.of(hvp, g)
     unit = _vector.where(active, _vector.unit(g), _vector.zeros_like(g))
     solution = lx.linear_solve(operator, unit, solver, throw=False)
-    low, high = solution.stats["min_curvature"], solution.stats["max_curvature"]
-    return _vector.scale(grad_norm, solution.value), low, high, solution.stats["num_steps"]
+    seen = Findings(
+        solution.result == lx.RESULTS.successful,
+        solution.stats["min_curvature"],
+        solution.stats["max_curvature"],
+    )
+    return _vector.scale(grad_norm, solution.value), seen, solution.stats["num_steps"]

@@ -1,17 +1,20 @@
 """A whole solve: start, L-BFGS, Newton polish."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from difflbfgs import _curvature, _lanes, _lbfgs, _stopping, _vector
+from difflbfgs import _curvature, _lanes, _search, _stopping, _vector
 from difflbfgs._curvature import Pair
 from difflbfgs._krylov import is_negative, slack
-from difflbfgs._lbfgs import LBFGS, Progress, WarmStart
-from difflbfgs._newton import newton_step
+from difflbfgs._lbfgs import LBFGS, WarmStart
+from difflbfgs._newton import Findings, newton_step
 from difflbfgs._problem import Problem
+from difflbfgs._search import Progress, Terms
 from difflbfgs._solution import RESULTS, Outcome, Stats, count, has_converged
 from difflbfgs._trial import Point, probe
 from difflbfgs._vector import Count, Flag, Scalar, Vector
@@ -19,14 +22,16 @@ from difflbfgs._watch import Step
 
 # A warm start takes up to this many Newton steps before L-BFGS.
 _LEAD = 3
+# Near the minimizer a Newton step makes the gradient at least so many times smaller.
+_CONTRACTION = 10.0
 
 
 class _Round(eqx.Module):
     number: Count
     progress: Progress
     candidate: Vector
-    min_curvature: Scalar  # seen by the Newton step to the candidate
-    max_curvature: Scalar
+    seen: Findings  # of the Newton step to the candidate
+    most: Scalar  # largest gradient norm at which L-BFGS may end
     num_hvps: Count
 
 
@@ -40,16 +45,17 @@ def run(
 ) -> Outcome:
     """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
 
-    def search(start: Progress) -> Progress:
-        return _lbfgs.search(problem, start, solver, max_steps, callback, warm is not None)
+    def search(start: Progress, x0: Vector, most: Any) -> Progress:
+        terms = Terms(solver, x0, warm is not None, most)
+        return _search.search(problem, start, terms, max_steps, callback)
 
     with jax.numpy_dtype_promotion("standard"):
         x = x0 if warm is None else warm.x
         if solver.polish == 0:
             at, pair, evaluations = _start(problem, x, warm)
-            memory = _lbfgs.initial_memory(solver, x, warm)
-            start = _lbfgs.begin(solver, at, pair, warm, memory, evaluations)
-            end, num_hvps = search(start), count(0)
+            memory = _search.initial_memory(solver, x, warm)
+            start = _search.begin(solver, at, pair, warm, memory, evaluations)
+            end, num_hvps = search(start, at.x, math.inf), count(0)
         else:
             last = _polished(problem, x, warm, solver, search)
             end, num_hvps = last.progress, last.num_hvps
@@ -78,7 +84,8 @@ def _polished(problem, x, warm, solver, search) -> _Round:
     A round linearises at the candidate that the one before left, keeps it if it is better, and
     proposes the next. In one of them L-BFGS searches from there. The rounds after that polish;
     those before, with a warm start, are there because near the minimizer Newton's method needs
-    fewer products than L-BFGS needs evaluations. Rounds without a Newton step are skipped.
+    fewer products than L-BFGS needs evaluations. Rounds without a Newton step are skipped. Where
+    a Newton step shows that the minimizer is not near, L-BFGS goes on, and polishing starts again.
     """
     lead = 0 if warm is None else _LEAD
     end = lead + solver.polish + 1
@@ -86,6 +93,7 @@ def _polished(problem, x, warm, solver, search) -> _Round:
     def take(now: _Round):
         k = now.number
         (f, g), tangent = jax.linearize(problem.value_and_gradient, now.candidate)
+        resuming = (k > lead + 1) & _is_far(now, g)
         progress, accepted = _judge(now, f, g, solver)
 
         def hvp(p):
@@ -96,16 +104,19 @@ def _polished(problem, x, warm, solver, search) -> _Round:
             return Pair(down, hvp(down))
 
         leading = (k < lead) & accepted & _is_near(progress, solver)
-        searching = (k <= lead) & ~leading
+        starting = (k <= lead) & ~leading
+        searching = starting | resuming
         nothing = Pair(_vector.zeros_like(progress.x), _vector.zeros_like(progress.x))
-        pair = jax.lax.cond(searching & (warm is None), curvature, lambda: nothing)
+        pair = jax.lax.cond(starting & (warm is None), curvature, lambda: nothing)
         point = Point(progress.x, progress.f, progress.g)
         memory, evaluations = progress.engine[0], progress.num_fun_evals
-        start = _lbfgs.begin(solver, point, pair, warm, memory, evaluations)
+        start = _search.begin(solver, point, pair, warm, memory, evaluations)
         # Not to search is to search and be done: a `cond` would hold the memory twice. Under `vmap`
         # every lane goes through it as soon as one is to search.
-        idle = eqx.tree_at(lambda p: p.done, progress, jnp.asarray(True))
-        progress = search(_vector.where(searching, start, idle))
+        going_on = eqx.tree_at(lambda p: p.done, progress, ~resuming)
+        most = jnp.where(resuming, now.progress.grad_norm / _CONTRACTION, now.most)
+        progress = search(_vector.where(starting, start, going_on), x, most)
+        progress = _credited(progress, resuming, solver)
         # The linearisation is of use only where the solve stands.
         here = jnp.where(
             searching, accepted & (progress.num_steps == 0), accepted | (k == lead + 1)
@@ -114,16 +125,16 @@ def _polished(problem, x, warm, solver, search) -> _Round:
         # Before L-BFGS, further than its test asks would be work for the polish.
         floor = jnp.where(leading, 0.5 * _threshold(progress, solver), 0)
         target = jnp.maximum(floor, _target(progress))
-        d, low, high, products = newton_step(hvp, progress.g, target, active)
+        d, seen, products = newton_step(hvp, progress.g, target, active)
         polishing = jnp.where(here, jnp.where(active, lead + 2, end + 1), lead + 1)
         following = jnp.where(active, k + 1, end + 1)
         after = _Round(
             number=jnp.where(searching, polishing, following),
             progress=progress,
             candidate=_vector.sub(progress.x, d),
-            min_curvature=low,
-            max_curvature=high,
-            num_hvps=now.num_hvps + products + (searching & (warm is None)),
+            seen=seen,
+            most=most,
+            num_hvps=now.num_hvps + products + (starting & (warm is None)),
         )
         waits = _lanes.waits(k > end)
         return _lanes.held(waits, now, after, lambda r: _curvature.rows(r.progress.engine[0]))
@@ -132,14 +143,44 @@ def _polished(problem, x, warm, solver, search) -> _Round:
 
     def unstarted():
         nothing = _vector.zeros_like(x)
-        memory = _lbfgs.initial_memory(solver, x, warm)
+        memory = _search.initial_memory(solver, x, warm)
         at, pair = Point(x, zero, nothing), Pair(nothing, nothing)
-        return _lbfgs.begin(solver, at, pair, warm, memory, count(0))
+        return _search.begin(solver, at, pair, warm, memory, count(0))
 
     # Of a cold start, nothing but the shapes is known before the first round.
     before = unstarted() if warm else _vector.zeros_like(jax.eval_shape(unstarted))
-    first = _Round(count(0), before, x, zero, zero, count(0))
+    unseen = Findings(jnp.asarray(False), zero, zero)
+    first = _Round(count(0), before, x, unseen, jnp.full_like(zero, jnp.inf), count(0))
     return jax.lax.while_loop(lambda now: _lanes.anywhere(now.number <= end), take, first)
+
+
+def _is_far(now: _Round, g: Vector) -> Flag:
+    """Return whether the Newton step to a candidate with gradient `g` says to go on with L-BFGS.
+
+    A small gradient may be that of a flat stretch on the way. There the Hessian is indefinite, or
+    the quadratic model does not hold and the step does not make the gradient ten times smaller.
+    That ends with a gradient at which the default tolerance would have ended it, or where L-BFGS
+    got no further.
+    """
+    before = now.progress
+    indefinite = _is_indefinite(now)
+    contracts = _CONTRACTION * _vector.norm(g) <= before.grad_norm
+    conclusive = indefinite | (now.seen.solved & ~contracts)
+    default = _stopping.threshold(0.0, None, before.reference, jnp.asarray(True))
+    gets_on = (before.grad_norm <= now.most) & (before.result == RESULTS.successful)
+    return conclusive & gets_on & (before.grad_norm > default)
+
+
+def _is_indefinite(now: _Round) -> Flag:
+    low, high = now.seen.min_curvature, now.seen.max_curvature
+    return is_negative(low, high, slack(now.progress.x, now.progress.grad_norm))
+
+
+def _credited(progress: Progress, changed: Flag, solver: LBFGS) -> Progress:
+    """Call a solve that `changed` successful, if its gradient is as small as was asked for."""
+    small = progress.grad_norm <= _threshold(progress, solver)
+    result = RESULTS.where(changed & small, RESULTS.successful, progress.result)
+    return eqx.tree_at(lambda p: p.result, progress, result)
 
 
 def _judge(now: _Round, f, g, solver) -> tuple[Progress, Flag]:
@@ -149,32 +190,25 @@ def _judge(now: _Round, f, g, solver) -> tuple[Progress, Flag]:
     """
     before = now.progress
     before_norm, grad_norm = before.grad_norm, _vector.norm(g)
-    accepted = (now.number == 0) | (
-        ~is_negative(now.min_curvature, now.max_curvature, slack(before.x, before_norm))
-        & (grad_norm < before_norm)
-        & (f <= before.f + before.scale.noise(before.f))
-    )
+    better = (grad_norm < before_norm) & (f <= before.f + before.scale.noise(before.f))
+    accepted = (now.number == 0) | (better & ~_is_indefinite(now))
     x, f, g, grad_norm = _vector.where(
         accepted,
         (now.candidate, f, g, grad_norm),
         (before.x, before.f, before.g, before_norm),
     )
-    small = _stopping.passes(
-        grad_norm, solver.atol, solver.rtol, before.reference, jnp.asarray(True)
-    )
     # The Newton step saw larger curvatures than the last steps of L-BFGS may have.
-    curvature = jnp.maximum(before.scale.curvature, now.max_curvature)
+    curvature = jnp.maximum(before.scale.curvature, now.seen.max_curvature)
     scale = eqx.tree_at(lambda scale: scale.curvature, before.scale, curvature)
     limit = _stopping.at_noise_level(f, grad_norm, jnp.full_like(f, jnp.inf), scale)
     stuck = before.result == RESULTS.line_search_failed
     result = RESULTS.where(accepted & stuck & limit, RESULTS.precision_limit, before.result)
-    result = RESULTS.where(accepted & small, RESULTS.successful, result)
     progress = eqx.tree_at(
         lambda p: (p.x, p.f, p.g, p.grad_norm, p.scale, p.result, p.num_fun_evals),
         before,
         (x, f, g, grad_norm, scale, result, before.num_fun_evals + 1),
     )
-    return progress, accepted
+    return _credited(progress, accepted, solver), accepted
 
 
 def _target(progress: Progress) -> Scalar:

@@ -3,6 +3,7 @@
 All quantities scale with the objective, so that multiplying it by a constant changes no decision.
 """
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -79,18 +80,16 @@ def rounding(value: Scalar) -> Scalar:
     return _ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
 
-def threshold(atol: Any, rtol: Any, reference: Scalar, local: Flag) -> Scalar:
+def threshold(atol: Any, rtol: Any, reference: Scalar, local: Flag, most: Any = math.inf) -> Scalar:
     """Return `atol + rtol · reference`, to which the gradient norm is to be brought.
 
-    After a step so long that its curvature says nothing about its end, only `atol` counts.
+    It is no larger than `most`, but for that no smaller than the default tolerance makes it. After
+    a step so long that its curvature says nothing about its end, only `atol` counts.
     """
-    rtol = jnp.finfo(reference.dtype).eps ** 0.5 if rtol is None else rtol
-    return atol + jnp.where(local, rtol * reference, 0)
-
-
-def passes(grad_norm: Scalar, atol: Any, rtol: Any, reference: Scalar, local: Flag) -> Flag:
-    """Return whether the gradient test holds."""
-    return grad_norm <= threshold(atol, rtol, reference, local)
+    default = jnp.finfo(reference.dtype).eps ** 0.5
+    rtol = default if rtol is None else rtol
+    asked = atol + jnp.where(local, rtol * reference, 0)
+    return jnp.minimum(asked, jnp.maximum(most, default * reference))
 
 
 def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale) -> Flag:

@@ -8,9 +8,8 @@ import jax
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree
 
-from difflbfgs import _lbfgs
+from difflbfgs import _lbfgs, _search
 from difflbfgs._checks import no_type_check
-from difflbfgs._lbfgs import Progress
 from difflbfgs._problem import Problem, Variables, make_problem, make_variables
 from difflbfgs._solution import RESULTS, has_converged
 from difflbfgs._trial import probe
@@ -19,7 +18,7 @@ from difflbfgs._vector import Vector
 
 class _State(eqx.Module):
     x0: Vector
-    progress: Progress
+    progress: _search.Progress
 
 
 @no_type_check
@@ -93,8 +92,8 @@ class LBFGS(optx.AbstractMinimiser):
         with jax.numpy_dtype_promotion("standard"):
             at, pair, evaluations = probe(problem, x)
             solver = self._solver()
-            memory = _lbfgs.initial_memory(solver, x, None)
-            start = _lbfgs.begin(solver, at, pair, None, memory, evaluations)
+            memory = _search.initial_memory(solver, x, None)
+            start = _search.begin(solver, at, pair, None, memory, evaluations)
         return _undifferentiable(_State(at.x, start))
 
     def step(self, fn, y, args, options, state, tags) -> tuple[PyTree, _State, PyTree]:
@@ -102,9 +101,8 @@ class LBFGS(optx.AbstractMinimiser):
         del options, tags
         problem, variables, _ = _interior(fn, y, args)
         with jax.numpy_dtype_promotion("standard"):
-            after, step_size = _lbfgs.take_step(
-                problem, state.progress, state.x0, self._solver(), fixed_reference=False
-            )
+            terms = _search.Terms(self._solver(), state.x0, fixed_reference=False)
+            after, step_size = _search.take_step(problem, state.progress, terms)
         verbose = _print if self.verbose is True else self.verbose
         if verbose:
             verbose(
