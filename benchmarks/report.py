@@ -154,13 +154,14 @@ def overhead_table(rows: list[dict]) -> str:
 def tasks_table(rows: list[dict]) -> str:
     """Return a table of hypergradients per second."""
     sizes = list(dict.fromkeys(row["tasks"] for row in rows))
-    lines = [f"| | median error | worst | {' | '.join(f'{size} tasks' for size in sizes)} |"]
-    lines.append("|---" * (3 + len(sizes)) + "|")
+    lines = [f"| | median error | worst | NaN | {' | '.join(f'{size} tasks' for size in sizes)} |"]
+    lines.append("|---" * (4 + len(sizes)) + "|")
     for key in dict.fromkeys((row["solver"], row["how"]) for row in rows):
         own = {row["tasks"]: row for row in rows if (row["solver"], row["how"]) == key}
         speeds = [f"{n / own[n]['seconds']:.3g}" if n in own else "" for n in sizes]
+        speeds.insert(0, str(max(row["flagged"] for row in own.values())))
         for error in ("error", "median_error"):
-            speeds.insert(0, f"{np.max([row[error] for row in own.values()]):.0e}")  # NaN if one is
+            speeds.insert(0, f"{max(row[error] for row in own.values()):.0e}")
         lines.append(f"| {key[0]}, `{key[1]}` | {' | '.join(speeds)} |")
     return "\n".join(lines)
 
