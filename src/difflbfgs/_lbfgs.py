@@ -46,7 +46,7 @@ class LBFGS(eqx.Module):
             variable and 2000 in all; 0 for none. Otherwise a warm start takes up to three before
             L-BFGS too, where it is near enough; and where a step meets negative curvature or does
             not make the gradient ten times smaller, a loose tolerance was met far from a minimum:
-            L-BFGS goes on, to the default tolerance at most.
+            L-BFGS goes on, to a hundredth of the tolerance or the default one at most.
         flatten: work on one flat vector. `False` keeps the leaves of `x0` and their sharding.
 
     Raises:

@@ -24,6 +24,8 @@ from difflbfgs._watch import Step
 _LEAD = 3
 # Near the minimizer a Newton step makes the gradient at least so many times smaller.
 _CONTRACTION = 10.0
+# Where it does not, L-BFGS goes on; no further than to this part of the tolerance.
+_TIGHTENING = 100.0
 
 
 class _Round(eqx.Module):
@@ -93,7 +95,7 @@ def _polished(problem, x, warm, solver, search) -> _Round:
     def take(now: _Round):
         k = now.number
         (f, g), tangent = jax.linearize(problem.value_and_gradient, now.candidate)
-        resuming = (k > lead + 1) & _is_far(now, g)
+        resuming = (k > lead + 1) & _is_far(now, g, solver)
         progress, accepted = _judge(now, f, g, solver)
 
         def hvp(p):
@@ -154,21 +156,21 @@ def _polished(problem, x, warm, solver, search) -> _Round:
     return jax.lax.while_loop(lambda now: _lanes.anywhere(now.number <= end), take, first)
 
 
-def _is_far(now: _Round, g: Vector) -> Flag:
+def _is_far(now: _Round, g: Vector, solver: LBFGS) -> Flag:
     """Return whether the Newton step to a candidate with gradient `g` says to go on with L-BFGS.
 
     A small gradient may be that of a flat stretch on the way. There the Hessian is indefinite, or
     the quadratic model does not hold and the step does not make the gradient ten times smaller.
-    That ends with a gradient at which the default tolerance would have ended it, or where L-BFGS
-    got no further.
+    It says so no more where L-BFGS got no further, or the gradient is as small as the default
+    tolerance asks or a hundredth of what was asked: at a degenerate minimum no step is ever good.
     """
     before = now.progress
-    indefinite = _is_indefinite(now)
     contracts = _CONTRACTION * _vector.norm(g) <= before.grad_norm
-    conclusive = indefinite | (now.seen.solved & ~contracts)
+    conclusive = _is_indefinite(now) | (now.seen.solved & ~contracts)
     default = _stopping.threshold(0.0, None, before.reference, jnp.asarray(True))
+    least = jnp.maximum(default, _threshold(before, solver) / _TIGHTENING)
     gets_on = (before.grad_norm <= now.most) & (before.result == RESULTS.successful)
-    return conclusive & gets_on & (before.grad_norm > default)
+    return conclusive & gets_on & (before.grad_norm > least)
 
 
 def _is_indefinite(now: _Round) -> Flag:
