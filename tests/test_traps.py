@@ -281,7 +281,7 @@ def test_a_solve_that_goes_on_ends_truly_when_it_runs_out_of_steps(fun):
     assert seen == {True, False}
 
 
-def test_going_on_ends_at_the_default_tolerance():
+def test_going_on_costs_no_more_than_the_default_tolerance():
     """Newton's method converges linearly to this minimizer, and no step is ever good enough."""
 
     def quartic(x, theta):
