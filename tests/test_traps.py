@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import difflbfgs as dl
-from problems import THETA, quadratic, relative_error, ridge
+from problems import THETA, quadratic, relative_error, ridge, tolerance
 
 COMPILED = []
 
@@ -253,6 +253,18 @@ def test_a_newton_step_that_fails_says_that_the_minimum_is_not_near(fun):
 
     assert solve(dl.LBFGS(rtol=LOOSE.rtol, polish=0))[0] > 2.9  # which is what was asked for
     assert jnp.linalg.norm(solve(LOOSE) - jnp.asarray([0.5, 0])) < 1e-4
+
+
+@pytest.mark.parametrize("fun", STRETCHES)
+def test_a_solve_that_goes_on_is_watched_and_does_not_rise(fun):
+    steps = []
+    dl.minimize(fun, BESIDE, 0.5, solver=LOOSE, callback=steps.append)
+    jax.effects_barrier()
+    assert [int(step.num_steps) for step in steps] == list(range(1, len(steps) + 1))
+    assert sum(bool(step.last) for step in steps) > 1
+    assert steps[-1].last
+    objectives = jnp.stack([fun(BESIDE, 0.5), *(step.objective for step in steps)])
+    assert jnp.all(jnp.diff(objectives) <= tolerance(jnp.float64, 10) * jnp.abs(objectives[1:]))
 
 
 def test_lanes_go_on_as_they_do_alone(batching):

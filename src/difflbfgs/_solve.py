@@ -205,10 +205,11 @@ def _judge(now: _Round, f, g, solver) -> tuple[Progress, Flag]:
     limit = _stopping.at_noise_level(f, grad_norm, jnp.full_like(f, jnp.inf), scale)
     stuck = before.result == RESULTS.line_search_failed
     result = RESULTS.where(accepted & stuck & limit, RESULTS.precision_limit, before.result)
+    least_f = jnp.minimum(f, before.least_f)  # above which L-BFGS, if it goes on, may not rise
     progress = eqx.tree_at(
-        lambda p: (p.x, p.f, p.g, p.grad_norm, p.scale, p.result, p.num_fun_evals),
+        lambda p: (p.x, p.f, p.g, p.grad_norm, p.scale, p.result, p.least_f, p.num_fun_evals),
         before,
-        (x, f, g, grad_norm, scale, result, before.num_fun_evals + 1),
+        (x, f, g, grad_norm, scale, result, least_f, before.num_fun_evals + 1),
     )
     return _credited(progress, accepted, solver), accepted
 

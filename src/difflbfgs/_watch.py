@@ -22,7 +22,8 @@ class Step(eqx.Module):
         objective: objective at the present point.
         grad_norm: 2-norm of the gradient there.
         step_size: multiple of the proposed step that the line search chose; 0 if none was taken.
-        last: whether L-BFGS ends with this step; what follows, polish and adjoint, is not watched.
+        last: whether L-BFGS ends with this step. Polish and adjoint follow and are not watched, and
+            where the polish says that the minimum is not near, so do more steps.
     """
 
     num_steps: Int[Array, ""]
