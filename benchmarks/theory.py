@@ -60,7 +60,8 @@ def curves(problem, learning_rate, quick):
     """Return, by method, distances to the minimizer and relative errors of the hypergradient."""
     exact = exact_hypergradient(problem)
     best = dl.minimize(problem.inner, problem.x0, problem.theta, solver=dl.LBFGS(1e-12, polish=3))
-    tolerances = np.logspace(-0.5, -7, 14 if quick else 40)
+    # From looser ones a polished solve may go on, and takes its Newton step from elsewhere.
+    tolerances = np.logspace(-1.5, -7, 14 if quick else 40)
     lengths = np.unique(np.logspace(1, 3.6, 6 if quick else 14).astype(int))
     plain, at_plain = family(problem, [dl.LBFGS(rtol, polish=0) for rtol in tolerances])
     _, at_polished = family(problem, [dl.LBFGS(rtol) for rtol in tolerances])
