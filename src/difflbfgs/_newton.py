@@ -20,6 +20,7 @@ from difflbfgs._vector import Count, Flag, Scalar, Vector
 # makes it several times as many.
 _PRODUCTS_PER_VARIABLE = 10
 _MAX_PRODUCTS = 2000
+# A residual any larger could hide that the step makes the gradient ten times smaller.
 _LEAST_ACCURACY = 0.05
 
 

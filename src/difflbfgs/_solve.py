@@ -22,10 +22,10 @@ from difflbfgs._watch import Step
 
 # A warm start takes up to this many Newton steps before L-BFGS.
 _LEAD = 3
-# Near the minimizer a Newton step makes the gradient at least so many times smaller.
-_CONTRACTION = 10.0
-# Where it does not, L-BFGS goes on; no further than to this part of the tolerance.
-_TIGHTENING = 100.0
+# Near the minimizer a Newton step shrinks the gradient by this factor. Where it does not, L-BFGS
+# goes on, no further than to this part of the tolerance.
+_CONTRACTION = 0.1
+_TIGHTENING = 0.01
 
 
 class _Round(eqx.Module):
@@ -116,7 +116,7 @@ def _polished(problem, x, warm, solver, search) -> _Round:
         # Not to search is to search and be done: a `cond` would hold the memory twice. Under `vmap`
         # every lane goes through it as soon as one is to search.
         going_on = eqx.tree_at(lambda p: p.done, progress, ~resuming)
-        most = jnp.where(resuming, now.progress.grad_norm / _CONTRACTION, now.most)
+        most = jnp.where(resuming, _CONTRACTION * now.progress.grad_norm, now.most)
         progress = search(_vector.where(starting, start, going_on), x, most)
         progress = _credited(progress, resuming, solver)
         # The linearisation is of use only where the solve stands.
@@ -165,10 +165,10 @@ def _is_far(now: _Round, g: Vector, solver: LBFGS) -> Flag:
     tolerance asks or a hundredth of what was asked: at a degenerate minimum no step is ever good.
     """
     before = now.progress
-    contracts = _CONTRACTION * _vector.norm(g) <= before.grad_norm
+    contracts = _vector.norm(g) <= _CONTRACTION * before.grad_norm
     conclusive = _is_indefinite(now) | (now.seen.solved & ~contracts)
     default = _stopping.threshold(0.0, None, before.reference, jnp.asarray(True))
-    least = jnp.maximum(default, _threshold(before, solver) / _TIGHTENING)
+    least = jnp.maximum(default, _TIGHTENING * _threshold(before, solver))
     gets_on = (before.grad_norm <= now.most) & (before.result == RESULTS.successful)
     return conclusive & gets_on & (before.grad_norm > least)
 
