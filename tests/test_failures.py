@@ -285,6 +285,22 @@ def test_line_search_failed_at_a_kink_returns_the_best_point(dtype):
     assert jnp.all(jnp.isfinite(sol.value))
 
 
+@pytest.mark.parametrize("polish", [0, 1])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("far", [2.0, 20.0])
+def test_a_kink_passes_for_neither_a_minimum_nor_noise(far, dtype, polish):
+    def fun(x, theta):
+        M, A = theta
+        return 10 * jnp.sum((M @ x) ** 4) + jnp.sum(jnp.abs(A @ x))
+
+    for seed in range(30):
+        theta = np.random.default_rng(seed).normal(size=(2, 4, 4)).astype(dtype)
+        x0 = jnp.array([0.0, 0.0, 0.0, far], dtype)
+        sol, name, _ = ending(fun, x0, theta, solver=dl.LBFGS(polish=polish))
+        assert name == "line_search_failed", seed
+        assert sol.objective < 1e-2 * fun(x0, theta)
+
+
 def test_nan_at_the_first_trial_is_stepped_around():
     sol, name, _ = ending(
         lambda x, _: jnp.sum(x - jnp.log(x)) + jnp.where(jnp.any(x > 3), jnp.nan, 0.0),

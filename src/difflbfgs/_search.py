@@ -190,12 +190,12 @@ def _judge(trial: Trial, now: Progress, engine, terms: Terms) -> Progress:
     # After a restart, what the rejected quasi-Newton step promised counts, not what a step down
     # the gradient does.
     predicted = jnp.where(jnp.isinf(now.predicted), trial.predicted(), now.predicted)
-    waiting = accepted & ~patience.exhausted()
+    over = jnp.where(accepted, patience.exhausted(), now.fresh)
     done, result = _stopping.ending(
         successful=grad_norm <= terms.threshold(reference, scale.local),
         unbounded=(trial.f == -jnp.inf) | patience.unbounded(),
-        noise=~waiting & _stopping.at_noise_level(f, grad_norm, predicted, scale),
-        stuck=~waiting & (accepted | now.fresh),
+        noise=over & _stopping.at_noise_level(f, grad_norm, predicted, scale),
+        stuck=over,
         nonfinite_start=jnp.asarray(False),
     )
 

@@ -15,6 +15,8 @@ from difflbfgs._vector import Count, Flag, Scalar
 # See `Scale`.
 _LEAST_REFERENCE = 1e-2
 _FADING = 0.25
+# A step shorter than this, in units of `sqrt(eps)` times the size, does not tell the curvature.
+_SHORT = 30.0
 # Rounding errors of an objective and of its gradient, in units of eps times their size.
 _ROUNDING = 10.0
 # This many steps without progress beyond rounding end the solve, and so do this many line searches
@@ -32,7 +34,9 @@ class Scale(eqx.Module):
     Attributes:
         start: gradient norm at the start, but no less than a hundredth of the gradient that the
             curvature there makes over one length.
-        curvature: largest `‖y‖/‖s‖` of late, fading by a factor of four with every step.
+        curvature: largest `‖y‖/‖s‖` of late, fading by a factor of four with every step. At a kink
+            it would grow without limit as the steps shrink: those below `30 sqrt(eps) · size`, a
+            distance over which only noise or a kink turns a gradient, do not count.
         size: size of the variables, `max(‖x‖, min(1, ‖x - x0‖))`.
         local: whether the newest step was no longer than ten times that.
     """
@@ -55,7 +59,9 @@ class Scale(eqx.Module):
         size = jnp.maximum(x_norm, jnp.minimum(1, travel))
         local = step_norm <= 10 * size
         faded = jnp.where(local & self.local, _FADING, 0) * self.curvature
-        found = jnp.where(curvature > 0, jnp.maximum(curvature, faded), self.curvature)
+        short = _SHORT * jnp.finfo(size.dtype).eps ** 0.5 * size
+        tells = (curvature > 0) & (step_norm >= short)
+        found = jnp.where(tells, jnp.maximum(curvature, faded), self.curvature)
         return Scale(self.start, found, size, local)
 
     def reference(self) -> Scalar:
@@ -96,9 +102,10 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
     """Return whether rounding explains why there is no more progress.
 
     Either the gradient is at its own rounding error, curvature times size; or the objective's
-    rounding error exceeds the decrease that the quasi-Newton step predicts, `gᵀPg`. Both also ask
-    for a gradient below `eps^(1/4)` of the reference: at a kink the curvature grows and P shrinks
-    without limit, and the gradient stays.
+    rounding error exceeds the decrease to expect: `gᵀPg` by the quasi-Newton step, but at a kink P
+    shrinks without limit, so no less than `‖g‖² / curvature`. With the curvature of steps of at
+    least `k sqrt(eps) · size`, neither takes a kink that turns the gradient by r times its norm for
+    noise where `k² > 10 r²`. Both also ask for a gradient below `eps^(1/4)` of the reference.
 
     Both take the largest curvature for that of every variable. Where scales differ, the noise is
     overestimated by orders of magnitude; so this is asked of a solve that is stuck, and does not
@@ -107,7 +114,8 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
     """
     eps = jnp.finfo(f.dtype).eps
     own = scale.local & (grad_norm <= rounding(scale.curvature * scale.size))
-    hidden = predicted <= scale.noise(f)
+    least = grad_norm / scale.curvature * grad_norm
+    hidden = jnp.maximum(predicted, least) <= scale.noise(f)
     squarable = grad_norm >= jnp.finfo(f.dtype).tiny ** 0.5
     return (own | hidden) & squarable & (grad_norm <= eps**0.25 * scale.reference())
 
