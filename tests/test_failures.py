@@ -301,6 +301,24 @@ def test_a_kink_passes_for_neither_a_minimum_nor_noise(far, dtype, polish):
         assert sol.objective < 1e-2 * fun(x0, theta)
 
 
+def test_rounding_on_an_ill_conditioned_problem_passes_for_no_kink():
+    def fun(w, data):
+        X, y, decay = data
+        return jnp.mean((X @ w - y) ** 2) + decay * jnp.sum(w**2)
+
+    rng = np.random.default_rng(0)
+    spread = np.logspace(0, -rng.uniform(0, 4, 100), 10, axis=-1)
+    X = rng.normal(size=(100, 40, 10)) * spread[:, None]
+    y = np.einsum("tij,tj->ti", X, rng.normal(size=(100, 10))) + rng.normal(size=(100, 40))
+    solver = dl.LBFGS(polish=0)
+    solve = jax.vmap(
+        lambda *data: dl.minimize(fun, jnp.zeros(10), data, solver=solver, throw=False)
+    )
+    sol = solve(X, y, 10 ** rng.uniform(-7, -1, 100))
+    assert jnp.sum(~sol.converged) <= 2
+    assert jnp.sum(sol.result == dl.RESULTS.precision_limit) > 20
+
+
 def test_nan_at_the_first_trial_is_stepped_around():
     sol, name, _ = ending(
         lambda x, _: jnp.sum(x - jnp.log(x)) + jnp.where(jnp.any(x > 3), jnp.nan, 0.0),

@@ -39,6 +39,8 @@ SHAPES = {
     "ripple": lambda z: z**2 + 1e-3 * jnp.sin(1e3 * z),
     "nothing": jnp.zeros_like,
 }
+FALLING = {"line", "logarithm", "stairs"}  # without limit; the others are bounded below
+RISING = {"square", "quartic", "saddle", "cauchy", "root", "modulus", "cliff", "ripple"}  # far out
 
 
 def objective(x, theta):
@@ -213,6 +215,8 @@ def check(sol, x0, theta, dtype, rtol):
     elif sol.result == dl.RESULTS.unbounded:
         far = -(g0 / np.linalg.norm(g0) * 1e-3 * np.finfo(dtype).max).astype(dtype)
         assert f < f0 or value_and_grad(far, theta)[0] < f0
+        kinds = {list(SHAPES)[kind] for kind in theta["shape"]}
+        assert kinds & FALLING or not kinds & RISING
     else:
         assert sol.result == dl.RESULTS.line_search_failed
         assert grad_norm > rtol * reference

@@ -23,10 +23,10 @@ class LBFGS(eqx.Module):
     It stops at `‖∇f(x)‖₂ <= atol + rtol · reference`. The reference is the gradient norm at the
     start, but at least 1/100 of `c · l` at the start and at most `c · l` at `x`. Here `c` is the
     largest curvature `‖y‖/‖s‖` met of late, fading by a factor of four with every step, and
-    `l = min(1, max(‖x‖, ‖x - x0‖))` a length. Steps below `30 sqrt(eps) max(‖x‖, l)` do not count
-    for `c`: at a kink they would make it grow without limit. The reference scales with the
-    objective; a far-off start does not loosen the test and a start next to the minimum does not put
-    it out of reach.
+    `l = min(1, max(‖x‖, ‖x - x0‖))` a length. At a kink the curvature grows without limit as steps
+    shrink: one below `eps^(1/4) / 2 · max(‖x‖, l)` counts as if it were as long, and does not fade
+    what was met before. The reference scales with the objective; a far-off start does not loosen
+    the test and a start next to the minimum does not put it out of reach.
     A warm start keeps the reference of the solve that it continues.
 
     Multiplying the objective by a constant changes nothing but roundings. So does multiplying the

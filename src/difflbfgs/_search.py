@@ -186,7 +186,7 @@ def _judge(trial: Trial, now: Progress, engine, terms: Terms) -> Progress:
     scale = now.scale.after(s_norm, curvature, x_norm, travel)
     scale = _vector.where(accepted, scale, now.scale)
     reference = now.reference if terms.fixed_reference else scale.reference()
-    patience = _patience(trial, now, pair, accepted, grad_norm)
+    patience = _patience(trial, now, pair, s_norm, accepted, grad_norm)
     # After a restart, what the rejected quasi-Newton step promised counts, not what a step down
     # the gradient does.
     predicted = jnp.where(jnp.isinf(now.predicted), trial.predicted(), now.predicted)
@@ -222,13 +222,14 @@ def _judge(trial: Trial, now: Progress, engine, terms: Terms) -> Progress:
     )
 
 
-def _patience(trial: Trial, now: Progress, pair: Pair, accepted, grad_norm) -> Patience:
+def _patience(trial: Trial, now: Progress, pair: Pair, s_norm, accepted, grad_norm) -> Patience:
     """Count the steps that made no progress, and those that found no bottom."""
     progress = (trial.f < now.least_f - _stopping.rounding(now.least_f)) | (
         grad_norm < 0.5 * now.least_grad_norm
     )
     steep = _vector.dot(pair.s, pair.y) <= -0.1 * trial.slope  # g⁺ᵀs is still 0.9 gᵀs
-    runaway = accepted & steep & (trial.step_size >= _stopping.RUNAWAY_STEP)
+    far = (trial.step_size >= _stopping.RUNAWAY_STEP) & (s_norm >= 1)
+    runaway = accepted & steep & far
     return Patience(
         stalled=jnp.where(accepted & progress, 0, now.patience.stalled + accepted),
         runaway=jnp.where(runaway, now.patience.runaway + 1, 0),

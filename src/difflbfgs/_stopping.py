@@ -10,20 +10,23 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from difflbfgs._solution import RESULTS
-from difflbfgs._vector import Count, Flag, Scalar
+from difflbfgs._vector import Count, Flag, Scalar, nonzero
 
 # See `Scale`.
 _LEAST_REFERENCE = 1e-2
 _FADING = 0.25
-# A step shorter than this, in units of `sqrt(eps)` times the size, does not tell the curvature.
-_SHORT = 30.0
+# At a kink the gradient turns by up to so many times its norm, over a step however short: one below
+# this, in units of `eps^(1/4)` times the size, counts for the curvature as if it were as long.
+_TURN = 10.0
+_SHORT = 0.5
 # Rounding errors of an objective and of its gradient, in units of eps times their size.
 _ROUNDING = 10.0
-# This many steps without progress beyond rounding end the solve, and so do this many line searches
-# that lengthened their step by at least so much and found the objective as steep as before. At the
-# noise level of the objective the gradient still falls, if unevenly: on ill-conditioned problems in
-# float32, waiting for 12 steps and not for 5 leaves it 10 to 100 times smaller for 5 % of the cost.
+# This many steps without progress beyond rounding end the solve. At the noise level of the
+# objective the gradient still falls, if unevenly: on ill-conditioned problems in float32, waiting
+# for 12 steps and not for 5 leaves it 10 to 100 times smaller for 5 % of the cost.
 _STALLED = 12
+# And so do this many line searches that lengthened their step by at least so much, to 1 or more,
+# and found the objective as steep as before. Beside a maximum the first steps may be 1e-50 long.
 _RUNAWAY = 5
 RUNAWAY_STEP = 1e3
 
@@ -34,9 +37,9 @@ class Scale(eqx.Module):
     Attributes:
         start: gradient norm at the start, but no less than a hundredth of the gradient that the
             curvature there makes over one length.
-        curvature: largest `‖y‖/‖s‖` of late, fading by a factor of four with every step. At a kink
-            it would grow without limit as the steps shrink: those below `30 sqrt(eps) · size`, a
-            distance over which only noise or a kink turns a gradient, do not count.
+        curvature: largest `‖y‖ / max(‖s‖, short)` of late, fading by a factor of four with every
+            step that is not short, below `eps^(1/4) / 2 · size`. At a kink `‖y‖/‖s‖` grows without
+            limit as the steps shrink.
         size: size of the variables, `max(‖x‖, min(1, ‖x - x0‖))`.
         local: whether the newest step was no longer than ten times that.
     """
@@ -59,9 +62,9 @@ class Scale(eqx.Module):
         size = jnp.maximum(x_norm, jnp.minimum(1, travel))
         local = step_norm <= 10 * size
         faded = jnp.where(local & self.local, _FADING, 0) * self.curvature
-        short = _SHORT * jnp.finfo(size.dtype).eps ** 0.5 * size
-        tells = (curvature > 0) & (step_norm >= short)
-        found = jnp.where(tells, jnp.maximum(curvature, faded), self.curvature)
+        short = _short(size.dtype) * size
+        faded = jnp.where((curvature > 0) & (step_norm >= short), faded, self.curvature)
+        found = jnp.maximum(curvature * jnp.minimum(1, step_norm / nonzero(short)), faded)
         return Scale(self.start, found, size, local)
 
     def reference(self) -> Scalar:
@@ -79,6 +82,11 @@ class Scale(eqx.Module):
         Its terms may be as large as the quadratic model's, `curvature · size²`, and cancel.
         """
         return rounding(jnp.abs(f) + self.curvature * self.size**2)
+
+
+def _short(dtype: Any) -> float:
+    """Return the length, over the size, of a step too short to tell a curvature from a kink."""
+    return _SHORT * float(jnp.finfo(dtype).eps) ** 0.25
 
 
 def rounding(value: Scalar) -> Scalar:
@@ -102,10 +110,10 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
     """Return whether rounding explains why there is no more progress.
 
     Either the gradient is at its own rounding error, curvature times size; or the objective's
-    rounding error exceeds the decrease to expect: `gᵀPg` by the quasi-Newton step, but at a kink P
-    shrinks without limit, so no less than `‖g‖² / curvature`. With the curvature of steps of at
-    least `k sqrt(eps) · size`, neither takes a kink that turns the gradient by r times its norm for
-    noise where `k² > 10 r²`. Both also ask for a gradient below `eps^(1/4)` of the reference.
+    rounding error exceeds the decrease that the quasi-Newton step predicts, `gᵀPg`. The latter says
+    nothing at a kink, where P shrinks without limit; but there the curvature c is at most
+    `10 ‖g‖ / short`, and so `c · size²` at most `(10 size / short)² ‖g‖² / c`. What makes the noise
+    has to be larger. Both also ask for a gradient below `eps^(1/4)` of the reference.
 
     Both take the largest curvature for that of every variable. Where scales differ, the noise is
     overestimated by orders of magnitude; so this is asked of a solve that is stuck, and does not
@@ -114,8 +122,9 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
     """
     eps = jnp.finfo(f.dtype).eps
     own = scale.local & (grad_norm <= rounding(scale.curvature * scale.size))
-    least = grad_norm / scale.curvature * grad_norm
-    hidden = jnp.maximum(predicted, least) <= scale.noise(f)
+    ratio = _TURN / _short(f.dtype) * grad_norm
+    kink = ratio / nonzero(scale.curvature) * ratio
+    hidden = (predicted <= scale.noise(f)) & (rounding(kink) <= scale.noise(f))
     squarable = grad_norm >= jnp.finfo(f.dtype).tiny ** 0.5
     return (own | hidden) & squarable & (grad_norm <= eps**0.25 * scale.reference())
 
