@@ -15,10 +15,10 @@ from difflbfgs._vector import Count, Flag, Scalar, nonzero
 # See `Scale`.
 _LEAST_REFERENCE = 1e-2
 _FADING = 0.25
-# At a kink the gradient turns by up to so many times its norm, over a step however short: one below
-# this, in units of `eps^(1/4)` times the size, counts for the curvature as if it were as long.
-_TURN = 10.0
+# A step shorter than this, in units of `eps^(1/4)` times the size, counts for the curvature as if
+# it were as long. A kink may turn the gradient by up to so many times its norm over any step.
 _SHORT = 0.5
+_TURN = 10.0
 # Rounding errors of an objective and of its gradient, in units of eps times their size.
 _ROUNDING = 10.0
 # This many steps without progress beyond rounding end the solve. At the noise level of the
@@ -52,7 +52,7 @@ class Scale(eqx.Module):
     @staticmethod
     def first(grad_norm: Scalar, curvature: Scalar, x_norm: Scalar) -> "Scale":
         """Return the scale of things at the start, where the step to come tells the size."""
-        step_norm = grad_norm / jnp.where(curvature > 0, curvature, 1)
+        step_norm = grad_norm / nonzero(curvature)
         size = jnp.maximum(x_norm, jnp.minimum(1, step_norm))
         least = _LEAST_REFERENCE * curvature * jnp.minimum(1, size)
         return Scale(jnp.maximum(grad_norm, least), curvature, size, jnp.asarray(True))
@@ -61,11 +61,12 @@ class Scale(eqx.Module):
         """Return the scale of things after a step that met this `curvature` (0: none)."""
         size = jnp.maximum(x_norm, jnp.minimum(1, travel))
         local = step_norm <= 10 * size
-        faded = jnp.where(local & self.local, _FADING, 0) * self.curvature
         short = _short(size.dtype) * size
-        faded = jnp.where((curvature > 0) & (step_norm >= short), faded, self.curvature)
-        found = jnp.maximum(curvature * jnp.minimum(1, step_norm / nonzero(short)), faded)
-        return Scale(self.start, found, size, local)
+        fading = (curvature > 0) & (step_norm >= short)
+        faded = jnp.where(local & self.local, _FADING, 0) * self.curvature
+        kept = jnp.where(fading, faded, self.curvature)
+        met = curvature * (step_norm / nonzero(jnp.maximum(step_norm, short)))
+        return Scale(self.start, jnp.maximum(met, kept), size, local)
 
     def reference(self) -> Scalar:
         """Return the gradient norm to which `rtol` is relative.
@@ -122,9 +123,9 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
     """
     eps = jnp.finfo(f.dtype).eps
     own = scale.local & (grad_norm <= rounding(scale.curvature * scale.size))
-    ratio = _TURN / _short(f.dtype) * grad_norm
-    kink = ratio / nonzero(scale.curvature) * ratio
-    hidden = (predicted <= scale.noise(f)) & (rounding(kink) <= scale.noise(f))
+    turn = _TURN / _short(f.dtype) * grad_norm
+    kink = turn / nonzero(scale.curvature) * turn
+    hidden = jnp.maximum(predicted, rounding(kink)) <= scale.noise(f)
     squarable = grad_norm >= jnp.finfo(f.dtype).tiny ** 0.5
     return (own | hidden) & squarable & (grad_norm <= eps**0.25 * scale.reference())
 
