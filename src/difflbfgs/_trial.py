@@ -105,24 +105,24 @@ def probe(problem: Problem, x: Vector) -> tuple[Point, Pair, Count]:
     room = jnp.maximum(1, _vector.norm(x))
 
     def unfinished(carry):
-        evaluations, start, last = carry
-        return (evaluations < 2) | ((evaluations == 2) & ~_is_progress(start, last))
+        evaluations, _, _, found = carry
+        return (evaluations < 2) | ((evaluations == 2) & ~found)
 
     def evaluate(carry):
-        evaluations, start, _ = carry
+        evaluations, start, _, _ = carry
         slope = _vector.norm(start.g)
         step = jnp.minimum(jnp.abs(start.f) / _vector.nonzero(slope), 0.1 * room)
         short = _vector.epsilon(x) ** 0.5 * room
         length = jnp.where(evaluations == 1, step, short)
         moved = _vector.add_scaled(x, -length, _vector.unit(start.g))
         point = Point.of(problem, _vector.where(evaluations == 0, x, moved))
-        return evaluations + 1, _vector.where(evaluations == 0, point, start), point
+        start = _vector.where(evaluations == 0, point, start)
+        return evaluations + 1, start, point, _is_progress(start, point)
 
     nowhere = Point(x, jnp.zeros((), _vector.dtype(x)), _vector.zeros_like(x))
-    carry = count(0), nowhere, nowhere
-    evaluations, start, last = jax.lax.while_loop(unfinished, evaluate, carry)
-    began = _vector.where(_is_progress(start, last), last, start)
-    return began, _between(start, last), evaluations
+    carry = count(0), nowhere, nowhere, jnp.asarray(False)
+    evaluations, start, last, found = jax.lax.while_loop(unfinished, evaluate, carry)
+    return _vector.where(found, last, start), _between(start, last), evaluations
 
 
 def _is_progress(start: Point, last: Point) -> Flag:
