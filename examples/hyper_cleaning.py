@@ -89,7 +89,7 @@ def clean(num_steps):
     Adam would not do: it moves all images equally far, also those whose gradient says nothing. And
     steps are few, as 2000 weights can be fitted to 200 images all too well.
     """
-    hypergradient = dl.value_and_hypergrad(trusted_loss, training_loss, solver=dl.LBFGS(rtol=1e-3))
+    hypergradient = dl.value_and_hypergrad(trusted_loss, training_loss, solver=dl.LBFGS(rtol=1e-4))
     optimizer = optax.sgd(3.0 * NUM_TRAIN, momentum=0.5)
     theta, state, rows = jnp.zeros(NUM_TRAIN), None, []
     moments = optimizer.init(theta)

@@ -74,7 +74,9 @@ def precision(z, L):
 
 def mode(L, memory_size=10):
     """Return the solution of the inner problem."""
-    return dl.minimize(energy, jnp.zeros(len(X)), L, solver=dl.LBFGS(memory_size=memory_size))
+    # The memory serves as a covariance, so L-BFGS goes all the way, for more pairs.
+    solver = dl.LBFGS(rtol=1e-11, memory_size=memory_size, polish=0)
+    return dl.minimize(energy, jnp.zeros(len(X)), L, solver=solver)
 
 
 def laplace(z, theta):

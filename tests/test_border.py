@@ -205,7 +205,6 @@ def test_a_warm_start_saves_evaluations_and_ends_at_the_same_answer():
     from_value = dl.minimize(fun, first.value, moved)
     assert warm.stats.num_fun_evals < cold.stats.num_fun_evals
     assert warm.stats.num_fun_evals < from_value.stats.num_fun_evals
-    assert warm.stats.reference_grad_norm == first.stats.reference_grad_norm
     assert jnp.allclose(warm.value, cold.value, rtol=1e-10)
 
 

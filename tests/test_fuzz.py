@@ -105,7 +105,7 @@ def test_any_objective_ends_truly(theta, start, loose, dtype, polish):
         max_steps=MAX_STEPS,
         throw=False,
     )
-    check(sol, x0, theta, dtype, rtol)
+    check(sol, x0, theta, dtype, rtol, polish)
 
 
 KEYS = st.sampled_from(["value", "grad", "count", "", "0", "a/b", "learning_rate", "x0", "ß"])
@@ -189,14 +189,34 @@ def falls(x, g, theta, eps):
     return valley.min(initial=np.inf) < f - 2 * error
 
 
-def check(sol, x0, theta, dtype, rtol):
+def is_near(x, x0, theta, rtol, dtype):
+    """Return whether a Newton step from `x` is as small as was asked, in the energy norm.
+
+    By a dense Hessian in float64: what the solve itself was told of it does not count.
+    """
+    x, x0, eps = np.asarray(x, np.float64), np.asarray(x0, np.float64), np.finfo(dtype).eps
+    f, g = (np.asarray(part, np.float64) for part in value_and_grad(jnp.asarray(x), theta))
+    if np.linalg.norm(g) < np.sqrt(np.finfo(dtype).tiny):
+        return True  # in this precision its square is zero
+    H = np.asarray(hessian(jnp.asarray(x), theta), np.float64)
+    values, vectors = np.linalg.eigh(H)
+    if values[0] < -1e-3 * values[-1]:
+        return False
+    seen = values > 100 * eps * values[-1]
+    decrement = np.sum((vectors.T @ g)[seen] ** 2 / values[seen])
+    energy = max(x @ H @ x, (x - x0) @ H @ (x - x0))
+    return decrement <= (10 * rtol) ** 2 * energy + 100 * eps * (abs(f) + energy)
+
+
+def check(sol, x0, theta, dtype, rtol, polish):
     """Assert that what the solution says of itself is so."""
     eps = float(jnp.finfo(dtype).eps)
     f0, g0 = (np.asarray(part, np.float64) for part in value_and_grad(x0, theta))
     f, g = (np.asarray(part, np.float64) for part in value_and_grad(sol.value, theta))
     grad_norm, reference = float(sol.stats.grad_norm), float(sol.stats.reference_grad_norm)
     assert int(sol.stats.num_steps) <= MAX_STEPS
-    assert int(sol.stats.num_fun_evals) <= 21 * int(sol.stats.num_steps) + 10
+    # A search tries 31 lengths at most, and a Newton step that is not taken is no step.
+    assert int(sol.stats.num_fun_evals) <= 32 * (int(sol.stats.num_steps) + 2)
 
     defined = np.isfinite(x0).all() and np.isfinite(f0) and np.isfinite(g0).all()
     assert (sol.result == dl.RESULTS.nonfinite_start) == (not defined)
@@ -207,7 +227,12 @@ def check(sol, x0, theta, dtype, rtol):
     assert np.isfinite(g).all()
     assert f <= f0 + 10 * eps * abs(f0)
     if sol.result == dl.RESULTS.successful:
-        assert grad_norm <= rtol * reference
+        if polish:
+            assert is_near(sol.value, x0, theta, rtol, dtype)
+        else:
+            assert grad_norm <= rtol * reference
+    elif sol.result == dl.RESULTS.no_minimizer:
+        assert polish
     elif sol.result == dl.RESULTS.precision_limit:
         assert not falls(sol.value, g, theta, eps)
     elif sol.result == dl.RESULTS.max_steps_reached:
@@ -219,4 +244,3 @@ def check(sol, x0, theta, dtype, rtol):
         assert kinds & FALLING or not kinds & RISING
     else:
         assert sol.result == dl.RESULTS.line_search_failed
-        assert grad_norm > rtol * reference

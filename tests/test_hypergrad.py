@@ -224,7 +224,9 @@ def test_far_from_the_minimizer_there_is_no_estimate():
     solver = dl.LBFGS(atol=10.0, polish=0)  # which stops where it starts
     step = dl.value_and_hypergrad(lambda x, theta: jnp.sum(x**2), funnel, solver=solver)
     _, grad, info = jax.vmap(step, in_axes=(0, None))(jnp.asarray([0.2, 2.0]), jnp.zeros(1))
-    assert jnp.all(info.result == RESULTS.successful)
+    assert jnp.all(info.solution.result == RESULTS.successful)
+    assert list(info.result == RESULTS.successful) == [True, False]
+    assert list(info.result == RESULTS.uncertified) == [False, True]
     assert jnp.all(jnp.isfinite(grad))
     assert jnp.array_equal(jnp.isinf(info.error_estimate), jnp.asarray([False, True]))
 
@@ -267,22 +269,20 @@ def test_a_failed_adjoint_has_a_code():
 
 
 def test_warm_start_saves_work_and_changes_nothing():
-    _, _, info = large(LARGE_THETA, 1e-6)
+    _, _, info = large(LARGE_THETA, 1e-8)
     near = LARGE_THETA + 1e-4
-    cold, warm = large(near, 1e-6), large(near, 1e-6, state=info.state)
+    cold, warm = large(near, 1e-8), large(near, 1e-8, state=info.state)
     assert relative_error(warm[1], cold[1]) < 1e-8
     assert warm[2].solution.stats.num_fun_evals < 0.8 * cold[2].solution.stats.num_fun_evals
     assert warm[2].num_adjoint_steps < 0.8 * cold[2].num_adjoint_steps
-    reference = "reference_grad_norm"
-    assert getattr(warm[2].solution.stats, reference) == getattr(info.solution.stats, reference)
     assert all(eqx.is_array(leaf) for leaf in jax.tree.leaves(info.state))
 
 
 def test_a_bad_adjoint_in_the_state_does_no_harm():
-    _, grad, info = large(LARGE_THETA, 1e-6)
+    _, grad, info = large(LARGE_THETA, 1e-8)
     for bad in (jnp.nan, 1e30):
         state = eqx.tree_at(lambda s: s.adjoint, info.state, jnp.full(100, bad))
-        _, again, _ = large(LARGE_THETA, 1e-6, state=state)
+        _, again, _ = large(LARGE_THETA, 1e-8, state=state)
         assert relative_error(again, grad) < 1e-8
 
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import difflbfgs as dl
-from difflbfgs import _curvature, _linear, _vector
+from difflbfgs import _linear, _memory, _vector
 from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._program import trace
 from problems import THETA, outer, quadratic, relative_error, ridge, ridge_solution
@@ -39,12 +39,12 @@ def test_a_pair_placed_in_the_memory_is_the_one_optax_uses():
     y = jnp.asarray(np.diag([1.0, 2.0, 5.0, 9.0])) @ s
     engine = optax.lbfgs(memory_size=3, linesearch=None)
     state = engine.init(x)
-    memory = _curvature.moved(state[0], x, g, _curvature.Pair(s, y))
+    memory = _memory.moved(state[0], x, g, _memory.Pair(s, y))
     updates, _ = engine.update(g, (memory, *state[1:]), x)
     exact = -dense_bfgs([(np.asarray(s), np.asarray(y))], float(s @ y / (y @ y)), 4) @ np.asarray(g)
     assert relative_error(updates, exact) < 1e-12
-    isotropic = _curvature.isotropic(x, g, jnp.asarray(7.0))
-    memory = _curvature.emptied(_curvature.moved(memory, x, g, isotropic))
+    isotropic = _memory.isotropic(x, g, jnp.asarray(7.0))
+    memory = _memory.emptied(_memory.moved(memory, x, g, isotropic))
     updates, _ = engine.update(g, (memory, *state[1:]), x)
     assert relative_error(updates, -g / 7) < 1e-12
 
@@ -215,14 +215,14 @@ def test_inverse_hessian_equals_the_dense_recursion():
             fun, jnp.zeros(6), theta, solver=solver, max_steps=steps, throw=False
         ).state
         memory = state.memory
-        newest = _curvature.newest(memory, state.x, state.g)
+        newest = _memory.newest(memory, state.x, state.g)
         slots = [(int(memory.count) + i) % 4 for i in range(4)]
         rows = [(memory.diff_params_memory[i], memory.diff_updates_memory[i]) for i in slots]
         rows[-1] = (newest.s, newest.y)
         pairs = [(np.asarray(s), np.asarray(y)) for s, y in rows if float(s @ y) > 0]
         s, y = pairs[-1]
         exact = dense_bfgs(pairs, s @ y / (y @ y), 6)
-        product = _curvature.inverse_hessian(memory, state.x, state.g)
+        product = _memory.inverse_hessian(memory, state.x, state.g)
         found = jnp.stack([product(e) for e in jnp.eye(6)])
         assert relative_error(found, exact) < 1e-10
         assert jnp.min(jnp.linalg.eigvalsh(found)) > 0

@@ -58,7 +58,9 @@ def test_no_pair_of_negative_curvature_is_kept():
     jax.effects_barrier()
     assert sol.result == dl.RESULTS.successful
     assert jnp.all(sol.state.memory.weights_memory >= 0)
-    assert jnp.allclose(jnp.abs(sol.value), 3.0799, atol=1e-3)
+    # One of the minima, none of the maxima between them.
+    assert jnp.allclose(jnp.sin(sol.value), 0.02 * sol.value, atol=1e-6)
+    assert jnp.all(jnp.cos(sol.value) < 0)
     assert np.all(np.diff(objectives) <= 1e-14)
 
 
@@ -91,7 +93,12 @@ def test_rosenbrock_has_no_false_convergence(rtol):
     for polish in (0, 1):
         sol = dl.minimize(rosenbrock, x0, solver=dl.LBFGS(rtol=rtol, polish=polish))
         assert jnp.allclose(sol.value, 1, atol=2e-2)
-        assert sol.stats.grad_norm <= (rtol or 1.5e-8) * sol.stats.reference_grad_norm
+        error = sol.value - 1
+        H = jax.hessian(rosenbrock)(sol.value, None)
+        if polish:  # an error in the energy norm, relative to that of the minimizer
+            assert error @ H @ error <= (rtol or 1.5e-8) ** 2 * jnp.sum(H)
+        else:
+            assert sol.stats.grad_norm <= (rtol or 1.5e-8) * sol.stats.reference_grad_norm
 
 
 @pytest.mark.parametrize("polish", [0, 1])
@@ -208,7 +215,8 @@ def test_lanes_evaluate_as_often_as_they_say(batching):
     thetas = jnp.asarray([0.3, 1.0, 3.0, 6.0])
 
     def counts(theta):
-        return dl.minimize(fun, jnp.zeros(2), theta).stats.num_fun_evals
+        stats = dl.minimize(fun, jnp.zeros(2), theta).stats
+        return stats.num_fun_evals + stats.num_hvps  # a product evaluates the objective again
 
     said = jax.jit(jax.vmap(counts))(thetas)
     jax.effects_barrier()
@@ -260,9 +268,10 @@ def test_a_solve_that_goes_on_is_watched_and_does_not_rise(fun):
     steps = []
     dl.minimize(fun, BESIDE, 0.5, solver=LOOSE, callback=steps.append)
     jax.effects_barrier()
-    assert [int(step.num_steps) for step in steps] == list(range(1, len(steps) + 1))
-    assert sum(bool(step.last) for step in steps) > 1
-    assert steps[-1].last
+    counts = [int(step.num_steps) for step in steps]
+    assert counts[:-1] == list(range(1, len(steps)))
+    assert counts[-1] in (len(steps) - 1, len(steps))  # to see that it is over may take no step
+    assert [bool(step.last) for step in steps] == [False] * (len(steps) - 1) + [True]
     objectives = jnp.stack([fun(BESIDE, 0.5), *(step.objective for step in steps)])
     assert jnp.all(jnp.diff(objectives) <= tolerance(jnp.float64, 10) * jnp.abs(objectives[1:]))
 
@@ -282,14 +291,15 @@ def test_lanes_go_on_as_they_do_alone(batching):
 @pytest.mark.parametrize("fun", STRETCHES)
 def test_a_solve_that_goes_on_ends_truly_when_it_runs_out_of_steps(fun):
     seen = set()
-    for max_steps in (1, 3, 6):
+    for max_steps in (1, 3, 6, 30):
         sol = dl.minimize(fun, BESIDE, 0.5, solver=LOOSE, max_steps=max_steps, throw=False)
-        small = sol.stats.grad_norm <= LOOSE.rtol * sol.stats.reference_grad_norm
-        right = dl.RESULTS.successful if small else dl.RESULTS.max_steps_reached
-        assert sol.result == right
+        near = jnp.linalg.norm(sol.value - jnp.asarray([0.5, 0])) < LOOSE.rtol
+        success = sol.result == dl.RESULTS.successful
+        assert near or not success
+        assert success or sol.result == dl.RESULTS.max_steps_reached
         assert sol.stats.num_steps <= max_steps
         assert sol.objective <= fun(BESIDE, 0.5)
-        seen.add(bool(small))
+        seen.add(bool(success))
     assert seen == {True, False}
 
 

@@ -16,7 +16,7 @@ import tqdm.auto
 import tqdm.notebook
 
 import difflbfgs as dl
-from difflbfgs import _solve, _watch
+from difflbfgs import _loop, _watch
 from difflbfgs._problem import make_problem, make_variables
 from problems import THETA, ridge
 
@@ -41,7 +41,7 @@ def test_lanes_of_a_batch_that_have_ended_are_silent():
     problem = make_problem(ridge, THETA, make_variables(x0, True), x0)
 
     def num_steps(theta):  # as on an accelerator, where the lanes are not taken in turn
-        end = _solve.run(problem.at([theta]), x0, None, PLAIN, 100, steps.append)
+        end = _loop.run(problem.at([theta]), x0, None, PLAIN, 100, steps.append)
         return end.stats.num_steps
 
     counts = jax.vmap(num_steps)(THETA + jnp.asarray([[0.0], [3.0], [-3.0]]))

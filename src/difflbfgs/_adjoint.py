@@ -60,7 +60,7 @@ class AbstractAdjoint(eqx.Module):
     def solve(
         self, system: System, v: Vector, achieved: Scalar, start: Vector | None = None
     ) -> tuple[Vector, Report]:
-        """Solve the system, the forward solve having achieved this relative gradient norm."""
+        """Solve the system, the forward solve having left this relative error."""
 
     @abc.abstractmethod
     def differentiable(self, task: Task, problem: Problem) -> Outcome:
@@ -96,7 +96,7 @@ class _Exact(AbstractAdjoint):
         return System.of(operator, self.linear_solver, slack, preconditioner, rounds=1)
 
     def solve(self, system, v, achieved, start=None):
-        """Solve the system, the forward solve having achieved this relative gradient norm."""
+        """Solve the system, the forward solve having left this relative error."""
         return system.solve(v, self._accuracy(v, achieved), start, self.approximate)
 
     def _accuracy(self, v, achieved):
@@ -137,11 +137,12 @@ class ImplicitAdjoint(_Exact):
     Args:
         linear_solver: any Lineax solver. `None`: the choice above.
         rtol: relative residual `‖v - H u‖ / ‖v‖` above which the adjoint has not converged. It is
-            recomputed from the solution. `None`: follow the forward solve, whose relative gradient
-            norm `a = stats.grad_norm / stats.reference_grad_norm` says what more would be wasted.
-            Aim for `a / 10`, but at least for 1e-2 and at most for 3e-11 in float64 and 3e-6 in
-            float32, and accept what was aimed for or the square root of the machine epsilon. With
-            `approximate` always aim for the latter of the two bounds.
+            recomputed from the solution, in scaled variables if their rows of `H` differ by orders
+            of magnitude. `None`: follow the forward solve, whose relative error `a` in the energy
+            norm says what more would be wasted. Aim for `a / 10`, but at least for 1e-2 and at most
+            for 3e-11 in float64 and 3e-6 in float32, and accept what was aimed for or the square
+            root of the machine epsilon. With `approximate` always aim for the latter of the two
+            bounds.
         ridge: added to the diagonal of `H`.
         preconditioner: for conjugate gradients, which is then used at any size. `"lbfgs"`: the
             inverse Hessian that the solve left in its memory. Or a function `(x, theta) -> P` to a

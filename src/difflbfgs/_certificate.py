@@ -25,7 +25,7 @@ from difflbfgs import _adjoint, _vector
 from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._linear import Accuracy, Dense, Report, System
 from difflbfgs._operator import SymmetricOperator
-from difflbfgs._problem import Problem
+from difflbfgs._problem import Problem, interior
 from difflbfgs._rule import Task
 from difflbfgs._solution import RESULTS, Outcome, count, has_converged
 from difflbfgs._vector import Count, Scalar, Vector
@@ -60,12 +60,12 @@ class _Estimate(eqx.Module):
     max_curvature: Scalar
 
 
+@interior()
 def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) -> Certified:
     """Solve `inner`, and differentiate `outer` at its minimizer by `theta`."""
     outcome = task.solve(inner)
     x = outcome.x
-    _, hvp = jax.linearize(inner.gradient, x)
-    H = SymmetricOperator.of(hvp, x)
+    H = SymmetricOperator.of(lambda p: inner.product(x, p), x)
     ridge = task.adjoint.ridge
     shifted = H if _is_nothing(ridge) else _shifted(H, ridge, x)
     system = task.system(shifted, outcome)
@@ -73,18 +73,21 @@ def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) 
     u, report = task.solve_system(system, outcome, v, start)
     trusted = task.trusts(outcome) & (report.result == RESULTS.successful)
     _, left, gradient = _derivatives(inner, outer, x, u)
-    residual = _vector.norm(_vector.add_scaled(left, -ridge, u)) / _vector.nonzero(_vector.norm(v))
+    residual = system.length(_vector.add_scaled(left, -ridge, u))
+    residual = residual / _vector.nonzero(system.length(v))
     shared = shifted is H and isinstance(system.solver, Dense | ConjugateGradient)
     if not shared:
         system = _adjoint.default_system(H, system.slack, system.options.get("preconditioner"))
     estimate = _estimate(inner, outer, outcome, u, gradient, system, report)
     factored = shared and isinstance(system.solver, Dense)
+    certified = (report.result != RESULTS.successful) | jnp.isfinite(estimate.error)
+    result = RESULTS.where(certified, report.result, RESULTS.uncertified)
     return Certified(
         outcome=outcome,
         value=value,
         gradient=_vector.scale(jnp.where(trusted, 1, jnp.nan), gradient),
         u=u,
-        result=RESULTS.where(has_converged(outcome.result), report.result, outcome.result),
+        result=RESULTS.where(has_converged(outcome.result), result, outcome.result),
         num_adjoint_steps=report.num_steps,
         num_estimate_steps=count(0) if factored else estimate.num_steps,
         adjoint_residual=residual,
@@ -117,14 +120,15 @@ def _estimate(inner, outer, outcome: Outcome, u, gradient, system: System, adjoi
     # Evaluated one rounding away, the gradient shows its noise, and hides none of it in an `x` that
     # was chosen because the noise happened to cancel there.
     g_near = inner.gradient(_rounded_off(x))
-    noise = _vector.norm(_vector.sub(g_near, g))
+    noise = system.length(_vector.sub(g_near, g)) + _rounding(inner, x, system)
     e, report = system.solve(g_near, _ROUGHLY)
     x_after = _vector.sub(x, e)
     g_after, left, _ = _derivatives(inner, outer, x_after, u)
     du, other = system.solve(left, _ROUGHLY)
     u_after = _vector.add_scaled(u, 1, du)
     _, _, gradient_after = _derivatives(inner, outer, x_after, u_after)
-    contracts = _vector.norm(g_after) <= _CONTRACTION * _vector.norm(g_near) + _NOISE * noise
+    before, after = system.length(g_near), system.length(g_after)
+    contracts = after <= _CONTRACTION * before + _NOISE * noise
     solved = (report.result == RESULTS.successful) & (other.result == RESULTS.successful)
     error = _distance(gradient_after, gradient)
     low, high = _extremes(system, adjoint, report, other)
@@ -142,6 +146,21 @@ def _rounded_off(x: Vector) -> Vector:
         return leaf * (1 + sign.astype(leaf.dtype) * jnp.finfo(leaf.dtype).eps)
 
     return jax.tree.map(move, x)
+
+
+def _rounding(inner: Problem, x: Vector, system: System) -> Scalar:
+    """Return the rounding error to expect of the gradient at the least.
+
+    It is a sum that cancels: of terms as large as `Hx`, which one rounding of `x` shows, and as
+    `Bθ`, which one of `θ` shows.
+    """
+
+    def gradient(theta):
+        return inner.at(theta).gradient(x)
+
+    theta = [leaf if jnp.isrealobj(leaf) else jnp.zeros_like(leaf) for leaf in inner.theta]
+    along = jax.jvp(gradient, (inner.theta,), (theta,))[1]
+    return _vector.epsilon(x) * (system.length(along) + system.length(system.operator.mv(x)))
 
 
 def _distance(after: list[Array], before: list[Array]) -> Scalar:

@@ -106,7 +106,7 @@ def check_linesearch(value: Any) -> None:
     if value is not None and not isinstance(value, optax.GradientTransformation):
         raise TypeError(
             f"linesearch must be an Optax line search transformation, got {value!r}. Pass for "
-            "example optax.scale_by_backtracking_linesearch(30), or None for the zoom search."
+            "example optax.scale_by_backtracking_linesearch(30), or None for the library's own."
         )
 
 

@@ -40,13 +40,15 @@ class HypergradInfo(eqx.Module):
 
     Attributes:
         solution: the inner `Solution`.
-        state: hand it to the next call for a warm start: minimizer, curvature pairs, reference
-            gradient norm and adjoint vector.
-        result: how the inner solve ended or, if that converged, the adjoint solve.
+        state: hand it to the next call for a warm start: minimizer, curvature pairs and adjoint
+            vector.
+        result: how the inner solve ended or, if that converged, the adjoint solve; `uncertified` if
+            both converged and the error estimate is infinite.
         num_adjoint_steps: steps of the adjoint's linear solver; with conjugate gradients, products
             with the Hessian, with a dense factorisation the number of variables.
         num_estimate_steps: the same for `error_estimate`; 0 where the adjoint's factor serves.
-        adjoint_residual: `‖∇ₓF - H u‖ / ‖∇ₓF‖`, recomputed from `u`.
+        adjoint_residual: `‖∇ₓF - H u‖ / ‖∇ₓF‖`, recomputed from `u`; of scaled variables if their
+            rows of `H` differ by orders of magnitude.
         error_estimate: estimated 2-norm of `grad - exact`, over all leaves; infinite where the
             estimate does not hold. See `value_and_hypergrad`.
         min_curvature: smallest eigenvalue of `H` up to 64 variables, else the smallest curvature
@@ -100,10 +102,11 @@ def value_and_hypergrad(
     taken one rounding away from `x`, the effect of rounding. It assumes that `f` is three times
     differentiable and that `x` is so close to `x*` that a Newton step halves the gradient (or
     reaches its noise); that is checked. Where it fails, as with an indefinite Hessian or a solve
-    that did not converge, the estimate is infinite. It is an estimate and not a bound: it is blind
-    to a minimizer that is the wrong one of several, and its term of second order is left out.
-    On 13 problems at four tolerances each (`benchmarks/error_estimate.py`) it was 0.90 to 1.07
-    times the true error where that is not rounding.
+    that did not converge, the estimate is infinite, and `info.result` is not `successful`. It is an
+    estimate and not a bound: it is blind to a minimizer that is the wrong one of several, and its
+    term of second order is left out. On 13 problems at four tolerances each
+    (`benchmarks/error_estimate.py`) it was 0.90 to 1.07 times the true error where that is not
+    rounding.
 
     Cost: that of the gradient, and for the estimate two loose linear solves and a few gradients. In
     those measurements the two took 0.3 to 0.5 times the products of the adjoint at the default

@@ -2,7 +2,7 @@
 
 import lineax as lx
 
-from difflbfgs import _curvature
+from difflbfgs import _memory
 from difflbfgs._checks import no_type_check
 from difflbfgs._hypergrad import HypergradState
 from difflbfgs._lbfgs import WarmStart
@@ -54,5 +54,5 @@ def inverse_hessian_operator(state: WarmStart | HypergradState) -> lx.AbstractLi
             f"state must be the state of a Solution of LBFGS, got {state!r} of type "
             f"{type(state).__name__}. Pass solution.state."
         )
-    product = _curvature.inverse_hessian(state.memory, state.x, state.g)
+    product = _memory.inverse_hessian(state.memory, state.x, state.g)
     return SymmetricOperator.of(product, state.x)

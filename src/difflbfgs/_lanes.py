@@ -87,3 +87,16 @@ def held(waiting: Flag, now: _T, after: _T, settled: Callable[[_T], Any]) -> _T:
     it, of a lane that waits, that the next one would not.
     """
     return _vector.where(waiting, eqx.tree_at(settled, now, settled(after)), after)
+
+
+def only(flag: Flag, new: _T, old: _T) -> _T:
+    """Return `new`, for use where `flag` is set in some lane: alone that is this one.
+
+    In a branch that a lane takes because another one does, it keeps what is `old`.
+    """
+    return _vector.where(~waits(~flag), new, old)
+
+
+def active(unfinished: Callable[[_T], Flag], advance: Callable[[_T], _T]) -> Callable[[_T], _T]:
+    """Return `advance` for a loop that runs while `anywhere` a lane is unfinished."""
+    return lambda carry: _vector.where(waits(~unfinished(carry)), carry, advance(carry))

@@ -5,6 +5,7 @@ computed anew from `H` itself, and the sign of the curvature along the way is ke
 matrix that is not positive semidefinite is not the Hessian at a minimum.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -16,15 +17,16 @@ from jaxtyping import Array, Float
 
 from difflbfgs import _vector
 from difflbfgs._krylov import ConjugateGradient, SymmetricSolver, is_negative, zero_curvature
+from difflbfgs._operator import SymmetricOperator
 from difflbfgs._solution import RESULTS, count
-from difflbfgs._vector import Count, Scalar, Vector
+from difflbfgs._vector import Count, Flag, Scalar, Vector
 
 
 class Report(eqx.Module):
     """What is known about a solution of `H u = v`.
 
     Attributes:
-        result: `successful`, `adjoint_not_converged` or `indefinite_hessian`.
+        result: `successful`, `adjoint_not_converged`, `nonfinite_hessian` or `indefinite_hessian`.
         num_steps: steps of the linear solver; with conjugate gradients, products with `H`.
         residual: `‖v - H u‖ / ‖v‖`, recomputed.
         min_curvature: smallest curvature seen. Negative: `H` is not positive semidefinite.
@@ -36,6 +38,14 @@ class Report(eqx.Module):
     residual: Scalar
     min_curvature: Scalar
     max_curvature: Scalar
+
+
+# Vectors of signs for row norms. Variables are scaled where these differ by the second, until they
+# differ by no more than the third, in so many rounds at most.
+_PROBES = 3
+_SPREAD = 1e4
+_EVEN = 1e2
+_ROUNDS = 6
 
 
 class Accuracy(eqx.Module):
@@ -50,7 +60,8 @@ class Dense(SymmetricSolver):
 
     Where it breaks down or meets a pivot at rounding level, an eigendecomposition takes over: it
     finds the solution of least norm if the matrix is singular, and tells how negative it is. There,
-    eigenvalues within rounding or `slack` of zero are zero.
+    eigenvalues within rounding or `slack` of zero are zero. Both see scaled variables, in which
+    pivots, eigenvalues and residuals of variables in different units can be compared.
     """
 
     slack: Any = 0.0
@@ -60,16 +71,23 @@ class Dense(SymmetricSolver):
         del options
         matrix = operator.as_matrix()
         matrix = (matrix + matrix.T) / 2
-        tagged = lx.MatrixLinearOperator(matrix, lx.positive_semidefinite_tag)
+        scale = diagonal_scales(jnp.abs(jnp.diagonal(matrix)))
+        matrix, scale = jax.lax.optimization_barrier((matrix, scale))  # computed once
+        scaled = jax.lax.optimization_barrier(scale[:, None] * matrix * scale)
+        tagged = lx.MatrixLinearOperator(scaled, lx.positive_semidefinite_tag)
         factor = lx.Cholesky().init(tagged, {})
         pivots = jnp.diagonal(factor[0]) ** 2
-        low, high = jnp.min(pivots), jnp.max(jnp.abs(jnp.diagonal(matrix)))
+        low, high = jnp.min(pivots), jnp.max(jnp.abs(jnp.diagonal(scaled)))
         sound = low > len(matrix) * jnp.finfo(matrix.dtype).eps * high
-        return matrix, factor, self._spectrum(matrix, sound), (low, high), sound
+        return (matrix, scale), factor, self._spectrum(scaled, sound), (low, high), sound
 
     def matrix(self, state):
         """Return the assembled matrix."""
-        return state[0]
+        return state[0][0]
+
+    def scale(self, state, like: Vector) -> Vector:
+        """Return the scales of the variables in which it was factorised."""
+        return ravel_pytree(like)[1](state[0][1])
 
     def _spectrum(self, matrix, sound):
         """Return the eigendecomposition, or nothing of use where the factorisation is `sound`.
@@ -90,8 +108,9 @@ class Dense(SymmetricSolver):
     def compute(self, state, vector, options):
         """Solve with the factor, or with the eigendecomposition."""
         del options
-        _, factor, (values, vectors), extremes, sound = state
+        (_, scale), factor, (values, vectors), extremes, sound = state
         flat, unravel = ravel_pytree(vector)
+        flat = scale * flat
         with_factor = lx.Cholesky().compute(factor, flat, {})[0]
         nonzero = jnp.abs(values) > zero_curvature(jnp.max(jnp.abs(values)), self.slack)
         inverse = jnp.where(nonzero, 1 / jnp.where(nonzero, values, 1), 0)
@@ -100,7 +119,100 @@ class Dense(SymmetricSolver):
         high = jnp.where(sound, extremes[1], jnp.max(jnp.abs(values)))
         solution = jnp.where(sound, with_factor, with_spectrum)
         stats = {"num_steps": count(flat.size), "min_curvature": low, "max_curvature": high}
-        return unravel(solution), lx.RESULTS.successful, stats
+        return unravel(scale * solution), lx.RESULTS.successful, stats
+
+
+def diagonal_scales(diagonal: Any) -> Any:
+    """Return scales `S` that make the diagonal of `S H S` one, or one if it is even already."""
+    apart = spread(diagonal) > _SPREAD
+    return jax.tree.map(lambda leaf: jnp.where(apart, 1 / jnp.sqrt(leaf), 1), positive(diagonal))
+
+
+def spread(rows: Any) -> Scalar:
+    """Return the largest row norm over the smallest."""
+    leaves = [leaf for leaf in jax.tree.leaves(positive(rows)) if leaf.size]
+    least = jnp.stack([jnp.min(leaf) for leaf in leaves]).min()
+    return jnp.stack([jnp.max(leaf) for leaf in leaves]).max() / least
+
+
+def positive(rows: Any) -> Any:
+    """Return row norms to divide by: those that are zero are as large as the largest."""
+    largest = jnp.stack([jnp.max(leaf, initial=0) for leaf in jax.tree.leaves(rows)]).max()
+    least, instead = jnp.finfo(largest.dtype).tiny, _vector.nonzero(largest)
+    return jax.tree.map(lambda leaf: jnp.where(leaf > least, leaf, instead), rows)
+
+
+class Equilibrium(eqx.Module):
+    """Scales of variables, and what was seen of the Hessian on the way.
+
+    Attributes:
+        scale: scales `S` such that the rows of `S H S` are of one size, or one if those of `H` are.
+        finite: whether the products are.
+        energies: `vᵀHv` of the vectors that were asked for.
+        products: Hessian products spent.
+    """
+
+    scale: Vector
+    finite: Flag
+    energies: Float[Array, " k"]
+    products: Count
+
+
+def equilibrate(hvp: Callable[[Vector], Vector], like: Vector, *others: Vector) -> Equilibrium:
+    """Return scales of the variables of `H`, and the energies of `others`.
+
+    Row norms are estimated from products with vectors of signs. Variables whose rows differ by
+    orders of magnitude are scaled by `r^{-1/2}`, and again, as long as that is worth it: a row norm
+    is no diagonal. (D. Ruiz, A scaling algorithm to equilibrate both rows and columns norms in
+    matrices, RAL-TR-2001-034.) Elsewhere scaling would only cost products.
+    """
+    leaves, structure = jax.tree.flatten(like)
+
+    def vector(k):
+        """Return a vector of signs, always the same for each number, or one of the others."""
+        signs = structure.unflatten(
+            [
+                jax.random.rademacher(jax.random.key(k * len(leaves) + i), leaf.shape, leaf.dtype)
+                for i, leaf in enumerate(leaves)
+            ]
+        )
+        for i, other in enumerate(others):
+            signs = _vector.where(k == _PROBES + i, other, signs)
+        return signs
+
+    def unbalanced(carry):
+        rounds, _, apart, *_ = carry
+        return (rounds == 0) | (
+            (apart > jnp.where(rounds == 1, _SPREAD, _EVEN)) & (rounds < _ROUNDS)
+        )
+
+    def probe(carry):
+        rounds, scale, _, finite, energies = carry
+        first = rounds == 0
+
+        def add(total, k):
+            p = vector(k)
+            product = _vector.mul(scale, hvp(_vector.mul(scale, p)))
+            square = jax.tree.map(lambda leaf: jnp.where(k < _PROBES, leaf**2, 0), product)
+            return jax.tree.map(jnp.add, total, square), _vector.dot(p, product)
+
+        nothing = _vector.zeros_like(like)
+        squares, dots = jax.lax.scan(add, nothing, jnp.arange(_PROBES + len(others)))
+        seen = jax.tree.map(lambda leaf: jnp.sqrt(leaf / _PROBES), squares)
+        apart = spread(seen)
+        uneven = (apart > jnp.where(first, _SPREAD, _EVEN)) & jnp.isfinite(apart)
+        scale = jax.tree.map(
+            lambda s, r: jnp.where(uneven, s / jnp.sqrt(r), s), scale, positive(seen)
+        )
+        finite = finite & jnp.all(jnp.isfinite(dots))
+        energies = jnp.where(first, dots[_PROBES:], energies)
+        return rounds + 1, scale, apart, finite, energies
+
+    zero = jnp.zeros((), _vector.dtype(like))
+    ones = jax.tree.map(jnp.ones_like, like)
+    start = count(0), ones, zero, jnp.asarray(True), jnp.zeros(len(others), zero.dtype)
+    rounds, scale, _, finite, energies = jax.lax.while_loop(unbalanced, probe, start)
+    return Equilibrium(scale, finite, energies, rounds * (_PROBES + len(others)))
 
 
 class System(eqx.Module):
@@ -108,6 +220,9 @@ class System(eqx.Module):
 
     Attributes:
         operator: `H`.
+        scale: scales `S` of the variables; residuals are judged as `S (v - H u)`.
+        finite: whether the products that told them are finite.
+        scaled: the operator that conjugate gradients solve with: `S H S`.
         solver: any Lineax solver. `ConjugateGradient` is told by each solve how far to go.
         state: what `solver.init` made of the operator.
         options: the solver's options, perhaps a preconditioner.
@@ -116,6 +231,9 @@ class System(eqx.Module):
     """
 
     operator: lx.AbstractLinearOperator
+    scale: Vector
+    finite: Flag
+    scaled: lx.AbstractLinearOperator
     solver: lx.AbstractLinearSolver
     state: Any
     options: dict[str, Any]
@@ -133,8 +251,29 @@ class System(eqx.Module):
     ) -> "System":
         """Let the solver prepare."""
         options = {} if preconditioner is None else {"preconditioner": preconditioner}
-        state = solver.init(operator, options)
-        return cls(operator, solver, state, options, slack, rounds)
+        like = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), operator.in_structure())
+        scaled = operator
+        if isinstance(solver, Dense):
+            state = solver.init(operator, options)
+            scale, finite = solver.scale(state, like), jnp.all(jnp.isfinite(solver.matrix(state)))
+            return cls(operator, scale, finite, scaled, solver, state, options, slack, rounds)
+        seen = equilibrate(operator.mv, like)
+        scale, finite = seen.scale, seen.finite
+        if isinstance(solver, ConjugateGradient) and preconditioner is None:
+            scaled = SymmetricOperator.of(
+                lambda p: _vector.mul(scale, operator.mv(_vector.mul(scale, p))), like
+            )
+        state = solver.init(scaled, options)
+        return cls(operator, scale, finite, scaled, solver, state, options, slack, rounds)
+
+    def length(self, r: Vector) -> Scalar:
+        """Return the norm of a residual in scaled variables."""
+        return _vector.norm(_vector.mul(self.scale, r))
+
+    def _left(self, r: Vector) -> Scalar:
+        """Return the same of what is left of a right-hand side of norm one."""
+        scaled = _vector.mul(self.scale, r)
+        return jnp.sqrt(_vector.dot(scaled, scaled))
 
     def solve(
         self,
@@ -154,13 +293,13 @@ class System(eqx.Module):
         Returns:
             `u` and a `Report`.
         """
-        length = _vector.norm(v)
-        unit = _vector.unit(v)
+        length = self.length(v)
+        unit = jax.tree.map(lambda leaf: leaf / _vector.nonzero(length), v)
         u, r = _vector.zeros_like(v), unit
         if start is not None:
             guess = jax.tree.map(lambda leaf: leaf / _vector.nonzero(length), start)
             left = _vector.sub(unit, self.operator.mv(guess))
-            better = _vector.norm(left) < _vector.norm(unit)
+            better = self._left(left) < self._left(unit)
             u, r = _vector.where(better, (guess, left), (u, r))
         u, report = self._refined(unit, u, r, accuracy, indefinite)
         return _vector.scale(length, u), report
@@ -175,37 +314,42 @@ class System(eqx.Module):
 
         def refine(carry):
             u, r, (length, _), (rounds, steps, low, high) = carry
-            solution = self._solution(_vector.unit(r), 0.5 * accuracy.wanted / length)
-            u = _vector.add_scaled(u, length, solution.value)
+            unit = jax.tree.map(lambda leaf: leaf / _vector.nonzero(length), r)
+            step, solution = self._solution(unit, 0.5 * accuracy.wanted / length)
+            u = _vector.add_scaled(u, length, step)
             r, before = _vector.sub(v, self.operator.mv(u)), r
             # Of a solver that does not watch, what is known is the curvature along its solution.
-            along = _rayleigh(_vector.scale(length, solution.value), _vector.sub(before, r))
-            along = jnp.where(_vector.norm(r) <= accuracy.accepted * length, along, jnp.inf)
+            along = _rayleigh(_vector.scale(length, step), _vector.sub(before, r))
+            along = jnp.where(self._left(r) <= accuracy.accepted * length, along, jnp.inf)
             low = jnp.minimum(low, solution.stats.get("min_curvature", along))
             size = jnp.where(jnp.isinf(along), 0, jnp.abs(along))
             high = jnp.maximum(high, solution.stats.get("max_curvature", size))
             steps = steps + jnp.asarray(solution.stats.get("num_steps", 0), jnp.int32)
-            return u, r, (_vector.norm(r), length), (rounds + 1, steps, low, high)
+            return u, r, (self._left(r), length), (rounds + 1, steps, low, high)
 
-        length = _vector.norm(r)
+        length = self._left(r)
         extremes = (jnp.full_like(length, jnp.inf), jnp.zeros_like(length))
         start = (u, r, (length, length), (count(0), count(0), *extremes))
         u, _, (residual, _), (_, steps, low, high) = jax.lax.while_loop(unfinished, refine, start)
         result = RESULTS.where(
             residual <= accuracy.accepted, RESULTS.successful, RESULTS.adjoint_not_converged
         )
+        result = RESULTS.where(self.finite, result, RESULTS.nonfinite_hessian)
         if not indefinite:
             negative = is_negative(low, high, self.slack)
             result = RESULTS.where(negative, RESULTS.indefinite_hessian, result)
         return u, Report(result, steps, residual, low, high)
 
     def _solution(self, v, rtol):
-        solver = self.solver
+        """Return what the solver makes of `H u = v`, and what it says of it."""
+        solver, inner = self.solver, self.scaled is not self.operator
         if isinstance(solver, ConjugateGradient):
             solver = ConjugateGradient(rtol, solver.max_steps)
-        return lx.linear_solve(
-            self.operator, v, solver, options=self.options, state=self.state, throw=False
+        b = _vector.mul(self.scale, v) if inner else v
+        found = lx.linear_solve(
+            self.scaled, b, solver, options=self.options, state=self.state, throw=False
         )
+        return _vector.mul(self.scale, found.value) if inner else found.value, found
 
     def steps(self, v: Vector, num_steps: int) -> lx.Solution:
         """Return what so many steps of conjugate gradients make of `H u = v`."""

@@ -72,9 +72,9 @@ def minimize(
             adjoint did not converge. If `False`, `result` says what happened and the derivative of
             a failed solve is NaN, or zero where its cotangent is zero.
         state: `state` of an earlier solution, for a warm start: the solve begins at its minimizer
-            instead of at `x0`, with its memory and its reference gradient norm. On regressions on
-            digits, for steps of 0.1 to 1 % of `theta`, that saved 30 to 50 % of evaluations and
-            Hessian products (`benchmarks/warm_starts.py`).
+            instead of at `x0`, with its memory, and by Newton's method if that is near. On
+            regressions on digits, for steps of 0.1 to 1 % of `theta`, that saved 30 to 50 % of
+            evaluations and Hessian products (`benchmarks/warm_starts.py`).
         callback: called as `callback(step)` with a `difflbfgs.Step` after every step of `LBFGS`,
             jitted or not, for example `progress_bar()`. What it raises ends the solve.
 

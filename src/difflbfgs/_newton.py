@@ -1,55 +1,121 @@
-"""One truncated Newton step: what is left after L-BFGS, squared.
+"""A truncated Newton step, `H d = -g`, and what it says of the point.
 
-Nocedal & Wright, Numerical Optimization (2006), section 7.1. Where L-BFGS leaves an error `e` of
-the minimizer, and so of the derivative, a Newton step leaves one of order `e²`; and as it asks the
-gradient and not the objective, it goes below the rounding error at which a line search stalls.
+Conjugate gradients end by decrease (Nash & Sofer, Operations Research Letters 9, 1990): with `q_k`
+the model's value after `k` steps, at `k (q_k - q_{k-1}) / q_k <= η`. By itself that stops before a
+variable in another unit is met, so where variables differ by orders of magnitude the system is
+solved in scaled ones, `S⁻¹x` with scales `S` that make the rows of `S H S` of one size
+(`_linear.equilibrate`), and the residual has to agree.
 """
 
 from collections.abc import Callable
 
-import equinox as eqx
+import jax
 import jax.numpy as jnp
-import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
 
-from difflbfgs import _vector
-from difflbfgs._krylov import ConjugateGradient
-from difflbfgs._operator import SymmetricOperator
+from difflbfgs import _lanes, _vector
+from difflbfgs._krylov import zero_curvature
+from difflbfgs._linear import diagonal_scales, equilibrate
+from difflbfgs._phases import Findings
+from difflbfgs._solution import count
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 
 # In exact arithmetic as many products as variables would do; on ill-conditioned problems rounding
 # makes it several times as many.
 _PRODUCTS_PER_VARIABLE = 10
 _MAX_PRODUCTS = 2000
-# A residual any larger could hide that the step makes the gradient ten times smaller.
-_LEAST_ACCURACY = 0.05
-
-
-class Findings(eqx.Module):
-    """What a Newton step found out: whether its equations were solved, and extreme curvatures."""
-
-    solved: Flag
-    min_curvature: Scalar
-    max_curvature: Scalar
+# Up to this many variables all of the Hessian is assembled, and no product taken more than once.
+_ASSEMBLED = 24
+# The part of the residual, squared, that may be left.
+_RESIDUAL = 1e-3
 
 
 def newton_step(
-    hvp: Callable[[Vector], Vector], g: Vector, target: Scalar, active: Flag
-) -> tuple[Vector, Findings, Count]:
-    """Return `d` with `H d ≈ g`, what was found out along the way, and the products used.
+    hvp: Callable[[Vector], Vector],
+    x: Vector,
+    g: Vector,
+    s: Vector,
+    decrement: Scalar,
+    rtol: Scalar,
+    most: Count,
+    wanted: Flag,
+) -> tuple[Vector, Scalar, Findings]:
+    """Return `d` with `H d ≈ -g`, `gᵀd` and what was found; a lane that wants none costs nothing.
 
-    The residual is brought below `target`, but at least below `‖g‖ / 20`. Unless `active`, `d` is
-    zero and costs nothing.
+    The system is solved so well that what is left of it is small beside `rtol` of the energy of
+    `x` or of `s`, the step that led there, given a guess of the decrement.
     """
-    grad_norm = _vector.norm(g)
-    forcing = jnp.clip(target / _vector.nonzero(grad_norm), _vector.epsilon(g), _LEAST_ACCURACY)
-    most = min(_PRODUCTS_PER_VARIABLE * _vector.size(g), _MAX_PRODUCTS)
-    solver = ConjugateGradient(forcing, most)
-    operator = SymmetricOperator.of(hvp, g)
-    unit = _vector.where(active, _vector.unit(g), _vector.zeros_like(g))
-    solution = lx.linear_solve(operator, unit, solver, throw=False)
-    seen = Findings(
-        solution.result == lx.RESULTS.successful,
-        solution.stats["min_curvature"],
-        solution.stats["max_curvature"],
+    small = _vector.size(x) <= _ASSEMBLED
+    if small:
+        hvp, diagonal, energies = _assembled(hvp, x, s)
+        scale, spent = diagonal_scales(diagonal), count(_vector.size(x))
+    else:
+        seen = equilibrate(hvp, x, x, s)
+        scale, energies, spent = seen.scale, seen.energies, seen.products
+    energy, size = jnp.maximum(jnp.max(energies), 0), jnp.maximum(energies[0], 0)
+    aim = 1e-2 * jnp.square(jnp.asarray(rtol, energy.dtype)) * energy
+    forcing = jnp.clip(aim / _vector.nonzero(decrement), 1e-12, 1e-3)
+    if small:
+        forcing = jnp.full_like(forcing, _vector.epsilon(x) ** 2)  # there products cost nothing
+
+    b = _vector.mul(scale, g)
+    limit = _PRODUCTS_PER_VARIABLE * _vector.size(x)
+    most = count(limit) if small else jnp.minimum(most, min(limit, _MAX_PRODUCTS))
+    first = _vector.dot(b, b)
+
+    def unfinished(carry):
+        _, _, _, (square, test), step, (*_, ended), _ = carry
+        short = (test > forcing) | (square > _RESIDUAL * first)
+        return wanted & short & (square > 0) & ~ended & (step < most)
+
+    def advance(carry):
+        u, r, p, (square, _), step, (low, high, _), model = carry
+        hp = _vector.mul(scale, hvp(_vector.mul(scale, p)))
+        curvature, length = _vector.dot(p, hp), _vector.dot(p, p)
+        quotient = curvature / length
+        low, high = jnp.minimum(low, quotient), jnp.maximum(high, jnp.abs(quotient))
+        ended = ~(quotient > zero_curvature(high, 0.0))
+        alpha = jnp.where(ended, 0, square / jnp.where(ended, 1, curvature))
+        u = _vector.add_scaled(u, alpha, p)
+        r = _vector.add_scaled(r, -alpha, hp)
+        after = _vector.dot(r, r)
+        gain = alpha * square
+        model = model + gain
+        test = (step + 1) * gain / _vector.nonzero(model)
+        p = _vector.add_scaled(r, after / square, p)
+        return u, r, p, (after, test), step + 1, (low, high, ended), model
+
+    zero, inf = jnp.zeros_like(energy), jnp.full_like(energy, jnp.inf)
+    start = (
+        _vector.zeros_like(b),
+        b,
+        b,
+        (first, inf),
+        count(0),
+        (inf, zero, jnp.asarray(False)),
+        zero,
     )
-    return _vector.scale(grad_norm, solution.value), seen, solution.stats["num_steps"]
+    body = _lanes.active(unfinished, advance)
+    end = jax.lax.while_loop(lambda c: _lanes.anywhere(unfinished(c)), body, start)
+    u, _, _, (square, test), steps, (low, high, ended), _ = end
+    d = _vector.scale(-1, _vector.mul(scale, u))
+    slope = _vector.dot(g, d)
+    solved = (square <= _RESIDUAL * first) & ((test <= forcing) | ended | (square == 0))
+    valid = ~(low < -zero_curvature(high, 0.0)) & (slope < 0)
+    valid &= jnp.isfinite(slope) & jnp.isfinite(_vector.norm(d))
+    residual = jnp.where(square == 0, 0, test)
+    products = spent if small else spent + steps
+    return d, slope, Findings(valid, solved, residual, energy, size, products)
+
+
+def _assembled(hvp, x: Vector, s: Vector) -> tuple[Callable, Vector, Float[Array, " 2"]]:
+    """Return the product of the assembled Hessian, its diagonal, and `xᵀHx` and `sᵀHs`."""
+    flat, unravel = ravel_pytree(x)
+    H = jax.lax.map(
+        lambda row: ravel_pytree(hvp(unravel(row)))[0], jnp.eye(flat.size, dtype=flat.dtype)
+    )
+    diagonal = unravel(jnp.abs(jnp.diagonal(H)))
+    step = ravel_pytree(s)[0]
+    energies = jnp.stack([flat @ H @ flat, step @ H @ step])
+    return lambda p: unravel(jnp.sum(H * ravel_pytree(p)[0], axis=1)), diagonal, energies

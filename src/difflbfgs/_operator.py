@@ -17,13 +17,6 @@ from jaxtyping import PyTree
 from difflbfgs._program import Program, trace
 from difflbfgs._vector import Vector
 
-_NO_PRODUCT = (
-    "The objective has no Hessian-vector products, which the Newton polish and the implicit "
-    "derivative need: JAX can't apply forward-mode autodiff (jvp) to a custom_vjp function in its "
-    "gradient. Write that as a jax.custom_jvp; in Diffrax choose adjoint=diffrax.DirectAdjoint(). "
-    "To minimize without a derivative, solver=LBFGS(polish=0) is enough."
-)
-
 
 class SymmetricOperator(lx.AbstractLinearOperator):
     """`v -> A v` with `A` symmetric positive semidefinite, as far as its maker knows."""
@@ -46,13 +39,7 @@ class SymmetricOperator(lx.AbstractLinearOperator):
         return cls(program, consts, structure, shapes)
 
     def mv(self, vector):
-        """Return `A v`.
-
-        Raises:
-            TypeError: if JAX has the product as a placeholder only, at whose use it would raise.
-        """
-        if self.program.contains("custom_lin"):
-            raise TypeError(_NO_PRODUCT)
+        """Return `A v`."""
         return self.structure.unflatten(self.program(self.consts, *jax.tree.leaves(vector)))
 
     def as_matrix(self):

@@ -5,9 +5,10 @@ vector alone. Equinox modules, static leaves, mixed or low precision, complex le
 closures and auxiliary outputs are dealt with here and nowhere else.
 """
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -17,7 +18,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from difflbfgs import _vector
-from difflbfgs._program import Program, trace
+from difflbfgs._program import Program, contains, trace
 from difflbfgs._vector import Scalar, Vector
 
 
@@ -50,7 +51,58 @@ class Problem(eqx.Module):
 
     def value_and_gradient(self, x: Vector) -> tuple[Scalar, Vector]:
         """Return `f` and its gradient at `x`."""
-        return jax.value_and_grad(self.value)(x)
+        return _value_and_gradient(self, x)
+
+    def product(self, x: Vector, p: Vector) -> Vector:
+        """Return the Hessian-vector product `H(x) p`.
+
+        Raises:
+            TypeError: if JAX has the product as a placeholder only, at whose use it would raise.
+        """
+        program: Any = jax.make_jaxpr(_product)(self, x, p)  # which is traced once, and kept
+        if contains(program.jaxpr, "custom_lin"):
+            raise TypeError(_NO_PRODUCT)
+        return _product(self, x, p)
+
+
+# What is asked of an objective is traced once for all who ask: these are nested programs.
+
+
+@jax.jit
+def _value_and_gradient(problem: Problem, x: Vector) -> tuple[Scalar, Vector]:
+    return jax.value_and_grad(problem.value)(x)
+
+
+@jax.jit
+def _product(problem: Problem, x: Vector, p: Vector) -> Vector:
+    return jax.jvp(problem.gradient, (x,), (p,))[1]
+
+
+@contextlib.contextmanager
+def interior() -> Iterator[None]:
+    """Compute with the problem as this library does: in full precision, with errors explained.
+
+    What the objective computes is traced already, in the precision of matrix products that its
+    user chose.
+
+    Raises:
+        TypeError: if JAX has no derivative of the gradient, and it is asked for.
+    """
+    try:
+        with jax.default_matmul_precision("highest"):
+            yield
+    except TypeError as error:
+        if "custom_vjp function" in str(error):
+            raise TypeError(_NO_PRODUCT) from error
+        raise
+
+
+_NO_PRODUCT = (
+    "The objective has no Hessian-vector products, which the Newton polish and the implicit "
+    "derivative need: JAX can't apply forward-mode autodiff (jvp) to a custom_vjp function in its "
+    "gradient. Write that as a jax.custom_jvp; in Diffrax choose adjoint=diffrax.DirectAdjoint(). "
+    "To minimize without a derivative, solver=LBFGS(polish=0) is enough."
+)
 
 
 class Variables(eqx.Module):

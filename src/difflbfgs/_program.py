@@ -28,10 +28,6 @@ class Program:
         out = core.jaxpr_as_fun(self.jaxpr)(*jax.tree.leaves(consts), *args)
         return eqx.combine(jax.tree.unflatten(self.structure, out), self.static)
 
-    def contains(self, primitive: str) -> bool:
-        """Return whether the program calls the primitive of this name."""
-        return _contains(self.jaxpr.jaxpr, primitive)
-
     def __eq__(self, other: object) -> bool:
         return self is other or (
             isinstance(other, Program)
@@ -90,10 +86,11 @@ def _listed(axes: set) -> str:
     return ", ".join(sorted(map(repr, axes)))
 
 
-def _contains(jaxpr: core.Jaxpr, primitive: str) -> bool:
+def contains(jaxpr: core.Jaxpr, primitive: str) -> bool:
+    """Return whether the program calls the primitive of this name."""
     inner = core.subjaxprs(jaxpr)
     names = {eqn.primitive.name for eqn in jaxpr.eqns}
-    return primitive in names or any(_contains(part, primitive) for part in inner)
+    return primitive in names or any(contains(part, primitive) for part in inner)
 
 
 def _same(a: Any, b: Any) -> bool:

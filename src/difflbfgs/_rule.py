@@ -20,11 +20,11 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
-from difflbfgs import _curvature, _krylov, _solve, _vector
+from difflbfgs import _krylov, _loop, _memory, _vector
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import Report, System
 from difflbfgs._operator import SymmetricOperator
-from difflbfgs._problem import Problem
+from difflbfgs._problem import Problem, interior
 from difflbfgs._solution import RESULTS, Outcome, has_converged, raised
 from difflbfgs._vector import Flag, Scalar, Vector
 
@@ -43,14 +43,16 @@ class Task(eqx.Module):
 
     def solve(self, problem: Problem) -> Outcome:
         """Solve, and raise here, where the derivative will see it, if that failed."""
-        outcome = _solve.run(
-            problem, self.x0, self.warm, self.solver, self.max_steps, self.callback
-        )
+        with interior():
+            outcome = _loop.run(
+                problem, self.x0, self.warm, self.solver, self.max_steps, self.callback
+            )
         return outcome.raised() if self.throw else outcome
 
     def trusts(self, outcome: Outcome) -> Flag:
         """Return whether the outcome may be differentiated."""
-        return has_converged(outcome.result) | self.adjoint.approximate
+        found = has_converged(outcome.result) & outcome.regular
+        return found | self.adjoint.approximate
 
     def solve_adjoint(self, problem: Problem, outcome: Outcome, v: Vector) -> tuple[Vector, Report]:
         """Solve `H u = v` at the outcome.
@@ -60,16 +62,19 @@ class Task(eqx.Module):
         """
 
         def hvp(p):
-            return jax.jvp(problem.gradient, (outcome.x,), (p,))[1]
+            return problem.product(outcome.x, p)
 
         def solve(_, b):
             return lane_by_lane(Task._solve_adjoint_alone)(self, problem, outcome, b)
 
         matvec = self.ridged(hvp)  # for the derivatives of this solve
-        return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
+        with interior():
+            return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
 
     def _solve_adjoint_alone(self, problem: Problem, outcome: Outcome, v: Vector):
-        _, hvp = jax.linearize(problem.gradient, outcome.x)
+        def hvp(p):
+            return problem.product(outcome.x, p)
+
         operator = SymmetricOperator.of(self.ridged(hvp), v)
         u, report = self.solve_system(self.system(operator, outcome), outcome, v)
         spoilt = (report.result != RESULTS.successful) | ~self.trusts(outcome)
@@ -92,10 +97,11 @@ class Task(eqx.Module):
         self, system: System, outcome: Outcome, v: Vector, start: Vector | None = None
     ) -> tuple[Vector, Report]:
         """Solve `H u = v` as the adjoint says; raise if that failed and `throw` is set."""
-        stats = jax.lax.stop_gradient(outcome.stats)
-        reference = stats.reference_grad_norm
-        achieved = jnp.where(reference > 0, stats.grad_norm / _vector.nonzero(reference), 0)
+        achieved, regular = jax.lax.stop_gradient((outcome.achieved, outcome.regular))
         u, report = self.adjoint.solve(system, v, achieved, start)
+        refused = ~regular & ~jnp.asarray(self.adjoint.approximate)
+        result = RESULTS.where(refused, RESULTS.adjoint_not_converged, report.result)
+        report = eqx.tree_at(lambda report: report.result, report, result)
         if self.throw:
             failed = (report.result != RESULTS.successful) & ~_vector.is_zero(v)
             u = raised(u, failed, report.result)
@@ -107,7 +113,7 @@ class Task(eqx.Module):
         if self.preconditioner is not None:
             return functools.partial(jax.lax.stop_gradient(self.preconditioner), x)
         if self.adjoint.preconditioner == "lbfgs":
-            return _curvature.inverse_hessian(state.memory, x, state.g)
+            return _memory.inverse_hessian(state.memory, x, state.g)
         return None
 
 

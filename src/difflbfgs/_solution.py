@@ -39,10 +39,26 @@ class RESULTS(_OptimistixResults):
         "gradient wrong, or its variables badly scaled; the best point found is returned under "
         "`throw=False`."
     )
+    no_minimizer = (
+        "The objective still falls along a direction without curvature, towards an infimum at "
+        "infinity, as a likelihood does on separable data: there is no minimizer. Add a "
+        "regulariser."
+    )
     adjoint_not_converged = (
         "The adjoint system H u = v was not solved: its true residual is above tolerance. H may "
-        "be singular with v outside its range, or too ill-conditioned for this precision. Add a "
-        "regulariser or a `ridge`, allow the linear solver more steps, or use float64."
+        "be singular with v outside its range, or too ill-conditioned for this precision; or the "
+        "minimum is degenerate, and no Newton step contracts there. Add a regulariser or a "
+        "`ridge`, allow the linear solver more steps, or use float64."
+    )
+    nonfinite_hessian = (
+        "Hessian-vector products of the objective are not finite at the solution (NaN or "
+        "infinite), as those of an eigenvalue are where it is multiple: there is no derivative. "
+        "Rewrite the objective so that its second derivatives exist there."
+    )
+    uncertified = (
+        "The solve and its adjoint converged, and yet there is no error estimate: a Newton step "
+        "from the solution does not contract, so that the solution is not near enough, or the "
+        "minimum is degenerate. Lower the solver's `rtol`, or check the gradient otherwise."
     )
     indefinite_hessian = (
         "The Hessian has negative curvature at the solution, which is therefore a saddle point "
@@ -55,11 +71,11 @@ class Stats(eqx.Module):
     """What a solve cost, and how close it came.
 
     Attributes:
-        num_steps: trips of the solver's loop, rejected steps included.
+        num_steps: steps taken and searches that failed, Newton steps included.
         num_fun_evals: evaluations of the objective together with its gradient.
         num_hvps: Hessian-vector products.
         grad_norm: 2-norm of the gradient at the returned point.
-        reference_grad_norm: the gradient norm to which `rtol` is relative.
+        reference_grad_norm: a gradient norm typical of the problem, see `LBFGS`.
     """
 
     num_steps: Int[Array, "*batch"]
@@ -73,13 +89,24 @@ class Stats(eqx.Module):
 
 
 class Outcome(eqx.Module):
-    """Where a solve stopped, in the terms of the interior."""
+    """Where a solve stopped, in the terms of the interior.
+
+    Attributes:
+        x, f: the point, and the objective there.
+        result: how the solve ended.
+        stats: what it cost.
+        state: what the next one takes.
+        achieved: the relative error that is left, as far as the solve can tell.
+        regular: whether a minimum that can be differentiated was found, if any.
+    """
 
     x: PyTree[Float[Array, "..."]]
     f: Float[Array, ""]
     result: Any
     stats: Stats
     state: Any
+    achieved: Float[Array, ""]
+    regular: Bool[Array, ""]
 
     def raised(self) -> "Outcome":
         """Return the outcome, whose use raises unless the solve converged.
@@ -89,7 +116,7 @@ class Outcome(eqx.Module):
         guarded = self.x, self.f, self.result, self.stats
         x, f, result, stats = raised(guarded, ~has_converged(self.result), self.result)
         state = eqx.tree_at(lambda state: state.x, self.state, x)
-        return Outcome(x, f, result, stats, state)
+        return Outcome(x, f, result, stats, state, self.achieved, self.regular)
 
 
 class Solution(eqx.Module):

@@ -90,4 +90,5 @@ def run(problem: Problem, x0: Vector, state: UnrolledState | None, solver: Unrol
         reference_grad_norm=grad_norm,
     )
     result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonlinear_divergence)
-    return Outcome(x, f, result, stats, jax.lax.stop_gradient(UnrolledState(x, inner)))
+    state = jax.lax.stop_gradient(UnrolledState(x, inner))
+    return Outcome(x, f, result, stats, state, jnp.zeros_like(grad_norm), jnp.asarray(True))

@@ -43,8 +43,21 @@ def add_scaled(x: _T, factor: Any, y: _T) -> _T:
 
 
 def where(condition: Flag, x: _T, y: _T) -> _T:
-    """Return `x` or `y`, each any PyTree of arrays."""
-    return cast(Any, optax.tree.where(condition, x, y))
+    """Return `x` or `y`, each any PyTree of arrays; as one instruction for each leaf."""
+
+    def select(a, b):
+        if not isinstance(a, jax.Array) and not isinstance(b, jax.Array):
+            return jnp.where(condition, a, b)  # two numbers, whose dtype is still open
+        kind = jnp.result_type(a, b)
+        a, b = jnp.broadcast_arrays(jnp.asarray(a, kind), jnp.asarray(b, kind))
+        return jax.lax.select(condition, a, b)
+
+    return cast(Any, jax.tree.map(select, x, y))
+
+
+def mul(x: _T, y: _T) -> _T:
+    """Return the product of `x` and `y`, entry by entry."""
+    return jax.tree.map(jnp.multiply, x, y)
 
 
 def zeros_like(x: _T) -> _T:
@@ -58,23 +71,6 @@ def norm(x: Vector) -> Scalar:
     largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves))
     unit = nonzero(largest)
     return largest * jnp.sqrt(sum(jnp.sum((leaf / unit) ** 2) for leaf in leaves))
-
-
-def norms(*vectors: Vector) -> tuple[Scalar, ...]:
-    """Return the 2-norm of each vector, as `norm` does, for less.
-
-    On a CPU `dot` is vectorized and the reductions in `norm` are not. Only if a square is out of
-    range are all computed again, by `norm`.
-    """
-    squares = jnp.stack([dot(x, x) for x in vectors])
-    limits = jnp.finfo(squares.dtype)
-    least = float(limits.tiny) / float(limits.eps)
-    lengths = jax.lax.cond(
-        jnp.all((squares >= least) & (squares < jnp.inf)),
-        lambda: jnp.sqrt(squares),
-        lambda: jnp.stack([norm(x) for x in vectors]),
-    )
-    return tuple(lengths[k] for k in range(len(vectors)))
 
 
 def nonzero(length: Scalar) -> Scalar:

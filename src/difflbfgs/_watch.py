@@ -21,9 +21,9 @@ class Step(eqx.Module):
         num_fun_evals: evaluations of the objective with its gradient so far.
         objective: objective at the present point.
         grad_norm: 2-norm of the gradient there.
-        step_size: multiple of the proposed step that the line search chose; 0 if none was taken.
-        last: whether L-BFGS ends with this step. Polish and adjoint follow and are not watched, and
-            where the polish says that the minimum is not near, so do more steps.
+        step_size: multiple of the direction that was taken; 0 if none was.
+        last: whether the solve is over, once. If no step was taken to find that out, the record is
+            the last one again. The adjoint follows and is not watched.
     """
 
     num_steps: Int[Array, ""]

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from difflbfgs import _curvature, _vector
-from difflbfgs._curvature import Pair
+from difflbfgs import _memory, _vector
 from difflbfgs._lbfgs import WarmStart
+from difflbfgs._memory import Pair
 from difflbfgs._problem import Variables
 from difflbfgs._solution import RESULTS, Stats
-from difflbfgs._stopping import Scale
 from difflbfgs._vector import Count, Flag, Scalar
 
 
@@ -151,8 +150,8 @@ def warm_start(now: Iterate) -> WarmStart:
         weights_memory=now.rho,
     )
     curvature = pair.curvature()
-    reference = Scale.first(_vector.norm(now.g), curvature, _vector.norm(now.x)).reference()
-    moved = _curvature.moved(memory, now.x, now.g, pair)
+    reference = curvature * jnp.minimum(1, _vector.norm(now.x))
+    moved = _memory.moved(memory, now.x, now.g, pair)
     return WarmStart(now.x, now.g, moved, reference, curvature)
 
 
@@ -161,7 +160,7 @@ def from_solve(
 ) -> Iterate:
     """Return where a solve of `minimize` ended that began after `before` steps."""
     x, g, memory = warm.x, warm.g, warm.memory
-    pair = _curvature.newest(memory, x, g)
+    pair = _memory.newest(memory, x, g)
     rho, gamma = pair.weights()
     count, size = jnp.asarray(memory.count), jnp.size(memory.weights_memory)
     iter_num = jnp.asarray(before + stats.num_steps, jnp.asarray(0).dtype)

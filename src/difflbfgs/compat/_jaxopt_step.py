@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from difflbfgs import _curvature, _stopping, _vector
-from difflbfgs._curvature import Pair
+from difflbfgs import _memory, _scale, _vector
+from difflbfgs._memory import Pair
 from difflbfgs._problem import Problem, Variables
 from difflbfgs._solution import RESULTS
 from difflbfgs._vector import Flag, Scalar
@@ -86,7 +86,7 @@ def advance(problem: Problem | Direct, settings: Settings, now: Iterate) -> Iter
     if settings.searches():
         if settings.linesearch != "backtracking":
             x, f, g = undifferentiable((x, f, g))
-        bound = now.f + _stopping.rounding(now.f)
+        bound = now.f + _scale.rounding(now.f)
         taken = jnp.isfinite(f) & jnp.all(jnp.isfinite(g)) & (f <= bound) & jnp.any(x != now.x)
         x, f, g, aux = _vector.where(taken, (x, f, g, aux), (now.x, now.f, now.g, now.aux))
     S, Y, rho, gamma = _remembered(now, Pair(x - now.x, g - now.g), taken, settings)
@@ -116,7 +116,7 @@ def advance(problem: Problem | Direct, settings: Settings, now: Iterate) -> Iter
 def _inverse_hessian(now):
     if len(now.rho) == 0:
         return lambda v: v
-    return _curvature.two_loop(now.S, now.Y, now.rho, now.gamma, _count(now.iter_num))
+    return _memory.two_loop(now.S, now.Y, now.rho, now.gamma, _count(now.iter_num))
 
 
 def _step_size(problem, settings, now, d) -> tuple[Scalar, Any]:

@@ -5,20 +5,20 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree
 
-from difflbfgs import _lbfgs, _search
+from difflbfgs import _lbfgs, _loop
 from difflbfgs._checks import no_type_check
 from difflbfgs._problem import Problem, Variables, make_problem, make_variables
 from difflbfgs._solution import RESULTS, has_converged
-from difflbfgs._trial import probe
 from difflbfgs._vector import Vector
 
 
 class _State(eqx.Module):
     x0: Vector
-    progress: _search.Progress
+    solve: _loop.State
 
 
 @no_type_check
@@ -88,61 +88,58 @@ class LBFGS(optx.AbstractMinimiser):
                 f"options['autodiff_mode'] must be 'bwd', got {mode!r}: Optax's line searches "
                 "differentiate in reverse mode. Drop the option."
             )
-        problem, _, x = _interior(fn, y, args)
+        _, _, x = _interior(fn, y, args)
         with jax.numpy_dtype_promotion("standard"):
-            at, pair, evaluations = probe(problem, x)
-            solver = self._solver()
-            memory = _search.initial_memory(solver, x, None)
-            start = _search.begin(solver, at, pair, None, memory, evaluations)
-        return _undifferentiable(_State(at.x, start))
+            return _undifferentiable(_State(x, _loop.begin(self._settings(x), None)))
 
     def step(self, fn, y, args, options, state, tags) -> tuple[PyTree, _State, PyTree]:
         """Take a step; return the new `y`, and the auxiliary output at the old one."""
         del options, tags
         problem, variables, _ = _interior(fn, y, args)
+        before = state.solve
         with jax.numpy_dtype_promotion("standard"):
-            terms = _search.Terms(self._solver(), state.x0, fixed_reference=False)
-            after, step_size = _search.take_step(problem, state.progress, terms)
+            after, decision = _loop.trip(problem, before, self._settings(state.x0))
         verbose = _print if self.verbose is True else self.verbose
         if verbose:
             verbose(
-                num_steps=("Step", after.num_steps),
-                loss=("Loss", after.f),
-                grad_norm=("Gradient norm", optx.two_norm(after.g)),
-                step_size=("Step size", step_size),
+                num_steps=("Step", after.ledger.num_steps),
+                loss=("Loss", after.point.f),
+                grad_norm=("Gradient norm", after.point.grad_norm),
+                step_size=("Step size", jnp.where(decision.taken, before.line.t, 0)),
             )
-        state = _undifferentiable(eqx.tree_at(lambda state: state.progress, state, after))
-        return variables.outside(after.x), state, fn(y, args)[1]
+        state = _undifferentiable(eqx.tree_at(lambda state: state.solve, state, after))
+        return variables.outside(after.point.x), state, fn(y, args)[1]
 
     def terminate(self, fn, y, args, options, state, tags) -> tuple[Bool[Array, ""], optx.RESULTS]:
         """Return whether the solve is over, and how, in Optimistix's terms."""
         del fn, y, args, options, tags
-        progress = state.progress
-        failed = progress.done & ~has_converged(progress.result)
+        ledger = state.solve.ledger
+        failed = ledger.over() & ~has_converged(ledger.result)
         result = optx.RESULTS.where(
             failed, optx.RESULTS.nonlinear_divergence, optx.RESULTS.successful
         )
-        nonfinite = progress.done & (progress.result == RESULTS.nonfinite_start)
-        return progress.done, optx.RESULTS.where(nonfinite, optx.RESULTS.nonfinite, result)
+        nonfinite = ledger.over() & (ledger.result == RESULTS.nonfinite_start)
+        return ledger.over(), optx.RESULTS.where(nonfinite, optx.RESULTS.nonfinite, result)
 
     def postprocess(
         self, fn, y, aux, args, options, state, tags, result
     ) -> tuple[PyTree, PyTree, dict[str, Any]]:
         """Return `y`, the auxiliary output there, and what the solve cost."""
         del options, tags, result
-        progress = state.progress
+        solve = state.solve
         if jax.tree.leaves(aux):
             aux = fn(y, args)[1]
         stats = {
-            "result": progress.result,
-            "num_fun_evals": progress.num_fun_evals,
-            "grad_norm": optx.two_norm(progress.g),
-            "reference_grad_norm": progress.reference,
+            "result": solve.ledger.result,
+            "num_fun_evals": solve.ledger.num_fun_evals,
+            "grad_norm": solve.point.grad_norm,
+            "reference_grad_norm": solve.ledger.scale.reference(),
         }
         return y, aux, stats
 
-    def _solver(self) -> _lbfgs.LBFGS:
-        return _lbfgs.LBFGS(self.rtol, self.atol, self.memory_size, self.linesearch, polish=0)
+    def _settings(self, x0: Vector) -> _loop.Settings:
+        solver = _lbfgs.LBFGS(self.rtol, self.atol, self.memory_size, self.linesearch, polish=0)
+        return _loop.make_settings(solver, x0, max_steps=None)
 
 
 def _interior(fn, y, args) -> tuple[Problem, Variables, Vector]:

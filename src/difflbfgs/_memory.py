@@ -26,20 +26,19 @@ class Pair(eqx.Module):
     s: Vector
     y: Vector
 
-    def lengths(self) -> tuple[Scalar, Scalar]:
-        """Return `‖s‖` and `‖y‖`."""
-        return _vector.norm(self.s), _vector.norm(self.y)
+    def is_curved(self) -> Flag:
+        """Return whether `sᵀy > eps ‖s‖ ‖y‖`, so that updating with this pair keeps P positive.
 
-    def is_curved(self, lengths: tuple[Scalar, Scalar] | None = None) -> Flag:
-        """Return whether `sᵀy > eps ‖s‖ ‖y‖`, so that updating with this pair keeps P positive."""
-        s, y = lengths or self.lengths()
+        Where squares are out of range it is not.
+        """
+        s, y = (jnp.sqrt(_vector.dot(v, v)) for v in (self.s, self.y))
         curved = _vector.dot(self.s, self.y)
         least = jnp.maximum(_vector.epsilon(self.s) * s * y, jnp.finfo(s.dtype).tiny)
-        return (curved > least) & (curved < jnp.inf)  # sᵀy may underflow, or overflow
+        return (curved > least) & (curved < jnp.inf)
 
-    def curvature(self, lengths: tuple[Scalar, Scalar] | None = None) -> Scalar:
+    def curvature(self) -> Scalar:
         """Return `‖y‖ / ‖s‖`, a Rayleigh-like quotient of the Hessian along `s`; 0 if `s = 0`."""
-        s, y = lengths or self.lengths()
+        s, y = _vector.norm(self.s), _vector.norm(self.y)
         return jnp.where(s > 0, y / _vector.nonzero(s), 0)
 
     def weights(self) -> tuple[Scalar, Scalar]:
@@ -61,6 +60,22 @@ def isotropic(x: Vector, g: Vector, curvature: Scalar) -> Pair:
     return Pair(s, _vector.scale(curvature, s))
 
 
+def empty(x: Vector, size: int) -> optax.ScaleByLBFGSState:
+    """Return a memory for so many pairs, and none in it."""
+    engine: Any = optax.lbfgs(memory_size=size, linesearch=None)
+    return engine.init(x)[0]
+
+
+def direction(
+    memory: optax.ScaleByLBFGSState, x: Vector, g: Vector
+) -> tuple[Vector, optax.ScaleByLBFGSState]:
+    """Return the step `-P g` of Optax at `x`, and the memory with the newest pair formed."""
+    engine: Any = optax.lbfgs(memory_size=jnp.size(memory.weights_memory), linesearch=None)
+    _, *others = engine.init(x)
+    d, (after, *_) = engine.update(g, (memory, *others), x)
+    return d, after
+
+
 def newest(memory: optax.ScaleByLBFGSState, x: Vector, g: Vector) -> Pair:
     """Return the pair of the last step, which Optax has not formed yet."""
     return Pair(_vector.sub(x, memory.params), _vector.sub(g, memory.updates))
@@ -78,6 +93,17 @@ def moved(memory: optax.ScaleByLBFGSState, x: Vector, g: Vector, pair: Pair):
         updates=_vector.sub(g, pair.y),
         count=jnp.maximum(memory.count, 1),
     )
+
+
+def regraded(
+    memory: optax.ScaleByLBFGSState, starting: Flag, change: Vector
+) -> optax.ScaleByLBFGSState:
+    """Return `memory`, of a solve that is `starting`, with its newest pair kept.
+
+    The gradient at its point is another one than that of the solve before, by this change.
+    """
+    moved = _vector.add_scaled(memory.updates, 1, change)
+    return memory._replace(updates=_vector.where(starting, moved, memory.updates))
 
 
 def emptied(memory: optax.ScaleByLBFGSState) -> optax.ScaleByLBFGSState:

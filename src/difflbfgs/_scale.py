@@ -1,16 +1,14 @@
-"""When a solve is over: the gradient test, its reference, and the noise floor.
+"""What a solve knows about the size of things around its point.
 
 All quantities scale with the objective, so that multiplying it by a constant changes no decision.
 """
 
-import math
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 
-from difflbfgs._solution import RESULTS
-from difflbfgs._vector import Count, Flag, Scalar, nonzero
+from difflbfgs._vector import Flag, Scalar, nonzero, where
 
 # See `Scale`.
 _LEAST_REFERENCE = 1e-2
@@ -21,14 +19,6 @@ _SHORT = 0.5
 _TURN = 10.0
 # Rounding errors of an objective and of its gradient, in units of eps times their size.
 _ROUNDING = 10.0
-# This many steps without progress beyond rounding end the solve. At the noise level of the
-# objective the gradient still falls, if unevenly: on ill-conditioned problems in float32, waiting
-# for 12 steps and not for 5 leaves it 10 to 100 times smaller for 5 % of the cost.
-_STALLED = 12
-# And so do this many line searches that lengthened their step by at least so much, to 1 or more,
-# and found the objective as steep as before. Beside a maximum the first steps may be 1e-50 long.
-_RUNAWAY = 5
-RUNAWAY_STEP = 1e3
 
 
 class Scale(eqx.Module):
@@ -39,7 +29,7 @@ class Scale(eqx.Module):
             curvature there makes over one length.
         curvature: largest `‖y‖ / max(‖s‖, short)` of late, fading by a factor of four with every
             step that is not short, below `eps^(1/4) / 2 · size`. At a kink `‖y‖/‖s‖` grows without
-            limit as the steps shrink.
+            limit as the steps shrink. Zero before the first step.
         size: size of the variables, `max(‖x‖, min(1, ‖x - x0‖))`.
         local: whether the newest step was no longer than ten times that.
     """
@@ -49,24 +39,18 @@ class Scale(eqx.Module):
     size: Scalar
     local: Flag
 
-    @staticmethod
-    def first(grad_norm: Scalar, curvature: Scalar, x_norm: Scalar) -> "Scale":
-        """Return the scale of things at the start, where the step to come tells the size."""
-        step_norm = grad_norm / nonzero(curvature)
-        size = jnp.maximum(x_norm, jnp.minimum(1, step_norm))
-        least = _LEAST_REFERENCE * curvature * jnp.minimum(1, size)
-        return Scale(jnp.maximum(grad_norm, least), curvature, size, jnp.asarray(True))
-
     def after(self, step_norm: Scalar, curvature: Scalar, x_norm: Scalar, travel: Scalar):
         """Return the scale of things after a step that met this `curvature` (0: none)."""
         size = jnp.maximum(x_norm, jnp.minimum(1, travel))
         local = step_norm <= 10 * size
         short = _short(size.dtype) * size
         fading = (curvature > 0) & (step_norm >= short)
-        faded = jnp.where(local & self.local, _FADING, 0) * self.curvature
-        kept = jnp.where(fading, faded, self.curvature)
+        faded = where(local & self.local, _FADING, 0) * self.curvature
+        kept = where(fading, faded, self.curvature)
         met = curvature * (step_norm / nonzero(jnp.maximum(step_norm, short)))
-        return Scale(self.start, jnp.maximum(met, kept), size, local)
+        now = jnp.maximum(met, kept)
+        least = where(self.curvature == 0, _LEAST_REFERENCE * now * jnp.minimum(1, size), 0)
+        return Scale(jnp.maximum(self.start, least), now, size, local)
 
     def reference(self) -> Scalar:
         """Return the gradient norm to which `rtol` is relative.
@@ -95,18 +79,6 @@ def rounding(value: Scalar) -> Scalar:
     return _ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
 
-def threshold(atol: Any, rtol: Any, reference: Scalar, local: Flag, most: Any = math.inf) -> Scalar:
-    """Return `atol + rtol · reference`, to which the gradient norm is to be brought.
-
-    It is no larger than `most`, but for that no smaller than the default tolerance makes it. After
-    a step so long that its curvature says nothing about its end, only `atol` counts.
-    """
-    default = jnp.finfo(reference.dtype).eps ** 0.5
-    rtol = default if rtol is None else rtol
-    asked = atol + jnp.where(local, rtol * reference, 0)
-    return jnp.minimum(asked, jnp.maximum(most, default * reference))
-
-
 def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale) -> Flag:
     """Return whether rounding explains why there is no more progress.
 
@@ -128,34 +100,3 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
     hidden = jnp.maximum(predicted, rounding(kink)) <= scale.noise(f)
     squarable = grad_norm >= jnp.finfo(f.dtype).tiny ** 0.5
     return (own | hidden) & squarable & (grad_norm <= eps**0.25 * scale.reference())
-
-
-class Patience(eqx.Module):
-    """How long the solve has gone without progress, or without finding a bottom."""
-
-    stalled: Count
-    runaway: Count
-
-    def exhausted(self) -> Flag:
-        """Return whether too many steps in a row made no progress beyond rounding."""
-        return self.stalled >= _STALLED
-
-    def unbounded(self) -> Flag:
-        """Return whether too many line searches in a row met no curvature."""
-        return self.runaway >= _RUNAWAY
-
-
-def ending(
-    *, successful: Flag, unbounded: Flag, noise: Flag, stuck: Flag, nonfinite_start: Flag
-) -> tuple[Flag, Any]:
-    """Return whether the solve is over, and how: the first flag that is set names the result."""
-    done, result = jnp.asarray(False), RESULTS.max_steps_reached
-    for flag, name in (
-        (stuck, RESULTS.line_search_failed),
-        (noise, RESULTS.precision_limit),
-        (unbounded, RESULTS.unbounded),
-        (successful, RESULTS.successful),
-        (nonfinite_start, RESULTS.nonfinite_start),
-    ):
-        done, result = done | flag, RESULTS.where(flag, name, result)
-    return done, result

@@ -1,0 +1,335 @@
+"""L-BFGS as one flat loop: `optax.lbfgs` inside `jax.lax.while_loop`, one evaluation a trip.
+
+A trip evaluates value and gradient at a trial point, measures all inner products, decides on these
+scalars (`_phases`, which has the table), and moves vectors in one fixed order: the point, a Newton
+step if one is asked for, the direction. Optax owns the curvature pairs and makes the quasi-Newton
+direction of them (Nocedal & Wright, Numerical Optimization, 2006, algorithms 7.4 and 7.5); the
+lengths along it are tried by `_wolfe`. A line search of the user's is another way to make a trial:
+its whole search is one trip.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from difflbfgs import _lanes, _memory, _phases, _vector, _wolfe
+from difflbfgs._lbfgs import LBFGS, WarmStart
+from difflbfgs._newton import newton_step
+from difflbfgs._phases import Decision, Here, Ledger, Seen, Terms
+from difflbfgs._problem import Problem
+from difflbfgs._solution import Outcome, Stats, count
+from difflbfgs._vector import Count, Flag, Scalar, Vector
+from difflbfgs._watch import Step, watch
+from difflbfgs._wolfe import Line, Trial
+
+# The first step down the gradient is no longer than this part of the size of x, or of 1.
+_CAUTION = 0.1
+# A Newton step takes so many products, and twice as many as the solve took evaluations, at most.
+_LEAST_PRODUCTS = 200
+
+
+class Point(eqx.Module):
+    """A point, and the objective and its gradient there."""
+
+    x: Vector
+    f: Scalar
+    g: Vector
+    grad_norm: Scalar
+
+
+class State(eqx.Module):
+    """Where a solve stands; the carry of its loop.
+
+    Attributes:
+        point: the best point met.
+        d: the direction along which the trial to come lies.
+        slope: `gᵀd`.
+        memory: Optax's curvature pairs.
+        search: the state of the user's line search, or `None`.
+        line: the search along `d`.
+        ledger: what the table remembers.
+    """
+
+    point: Point
+    d: Vector
+    slope: Scalar
+    memory: optax.ScaleByLBFGSState
+    search: Any
+    line: Line
+    ledger: Ledger
+
+
+class Settings(eqx.Module):
+    """What a trip is told, and does not change."""
+
+    solver: LBFGS
+    terms: Terms
+    x0: Vector
+
+
+class _Evaluated(eqx.Module):
+    x: Vector
+    f: Scalar
+    g: Vector
+    t: Scalar
+    search: Any
+    evaluations: Count
+
+
+def run(
+    problem: Problem,
+    x0: Vector,
+    warm: WarmStart | None,
+    solver: LBFGS,
+    max_steps: int,
+    callback: Callable[[Step], None] | None,
+) -> Outcome:
+    """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
+    with jax.numpy_dtype_promotion("standard"):
+        settings = make_settings(solver, x0 if warm is None else warm.x, max_steps)
+        start = begin(settings, warm)
+
+        def advance(now: State) -> State:
+            after, step = trip(problem, now, settings)
+            waits = _lanes.waits(now.ledger.over())
+            watched = step.step | (after.ledger.over() & (after.ledger.num_steps > 0))
+            watch(callback, _record(now, after, step), watched & ~waits)
+            return _lanes.held(waits, now, after, lambda state: _memory.rows(state.memory))
+
+        def unfinished(now: State) -> Flag:
+            return _lanes.anywhere(~now.ledger.over())
+
+        return outcome(jax.lax.while_loop(unfinished, advance, start))
+
+
+def make_settings(solver: LBFGS, x0: Vector, max_steps: int | None) -> Settings:
+    """Return what all trips of a solve from `x0` are told."""
+    default = _vector.epsilon(x0) ** 0.5
+    rtol = default if solver.rtol is None else solver.rtol
+    noise = 0.0 if solver.noise is None else solver.noise
+    terms = Terms(rtol, solver.atol, noise, solver.polish, max_steps)
+    return Settings(solver, terms, x0)
+
+
+def begin(settings: Settings, warm: WarmStart | None) -> State:
+    """Return the state before the first evaluation."""
+    x = settings.x0
+    zero = jnp.zeros((), _vector.dtype(x))
+    nothing = _vector.zeros_like(x)
+    g = nothing if warm is None else warm.g
+    hand_over = jnp.maximum(_phases.HAND_OVER, settings.terms.rtol)
+    reference, curvature = (zero, zero) if warm is None else (warm.reference, warm.curvature)
+    ledger = _phases.first(zero, hand_over, reference, curvature)
+    search: Any = settings.solver.linesearch
+    memory = _memory.empty(x, settings.solver.memory_size)
+    return State(
+        point=Point(x, jnp.full_like(zero, jnp.inf), g, zero),
+        d=nothing,
+        slope=zero,
+        memory=memory if warm is None else warm.memory,
+        search=None if search is None else search.init(x),
+        line=_wolfe.begin(zero, zero, zero),
+        ledger=ledger,
+    )
+
+
+def trip(problem: Problem, now: State, settings: Settings) -> tuple[State, Decision]:
+    """Evaluate, measure, decide, move."""
+    found = _evaluate(problem, now, settings.solver)
+    seen = _measure(now, found, settings.x0)
+    here = Here(now.point.f, now.point.grad_norm, now.slope)
+    here, seen = jax.lax.optimization_barrier((here, seen))
+    decided = _phases.decide(now.ledger, now.line, here, seen, settings.terms)
+    decision, ledger, line = jax.lax.optimization_barrier(decided)
+    ledger = eqx.tree_at(
+        lambda a: a.num_fun_evals, ledger, now.ledger.num_fun_evals + found.evaluations
+    )
+    trial = Point(found.x, found.f, found.g, seen.grad_norm)
+    before, point = now.point, _vector.where(decision.taken, trial, now.point)
+    starting = now.ledger.phase == _phases.START
+    memory = _memory.regraded(now.memory, starting, _vector.sub(found.g, before.g))
+    now = State(point, now.d, now.slope, memory, found.search, line, ledger)
+    if settings.terms.polish > 0:
+        s = _vector.sub(point.x, before.x)
+        now, decision = _with_newton_step(problem, now, decision, s, settings)
+    return _turned(now, decision, settings), decision
+
+
+def _evaluate(problem: Problem, now: State, solver: LBFGS) -> _Evaluated:
+    """Return the trial: a length along `d`, or what the user's line search finds."""
+
+    def length():
+        x = _vector.add_scaled(now.point.x, now.line.t, now.d)
+        return _Evaluated(x, *problem.value_and_gradient(x), now.line.t, now.search, count(1))
+
+    if solver.linesearch is None:
+        return length()
+
+    def searched():
+        return _searched(problem, now, solver.linesearch)
+
+    return jax.lax.cond(now.ledger.phase == _phases.SEARCH, searched, length)
+
+
+def _searched(problem: Problem, now: State, linesearch: Any) -> _Evaluated:
+    """Run the user's line search along `d`, as long as the first trial is to be."""
+    x, d = now.point.x, _vector.scale(now.line.t, now.d)
+    waits = _lanes.waits(now.ledger.over())
+
+    def fun(x):  # Optax's searches compute in float64 under x64, whatever the dtype of x
+        return _vector.where(waits, 0, problem.value(optax.tree.cast_like(x, now.point.x)))
+
+    updates, search = linesearch.update(
+        d, now.search, x, value=now.point.f, grad=now.point.g, value_fn=fun
+    )
+    x = optax.apply_updates(x, updates)
+    info = getattr(search, "info", None)
+    evaluations = jnp.asarray(getattr(info, "num_linesearch_steps", 0), jnp.int32)
+    if getattr(search, "grad", None) is None:
+        f, g = problem.value_and_gradient(x)
+        evaluations = evaluations + 1
+    else:
+        f, g = search.value, search.grad
+    t = jnp.asarray(getattr(search, "learning_rate", 1.0), now.line.t.dtype) * now.line.t
+    return _Evaluated(x, f, g, t, search, evaluations)
+
+
+def _measure(now: State, found: _Evaluated, x0: Vector) -> Seen:
+    """Return all inner products that the decision asks for."""
+    s = _vector.sub(found.x, now.point.x)
+    y = _vector.sub(found.g, now.point.g)
+    dot = _vector.dot
+    grad_norm, x_norm, s_norm, y_norm = _norms(found.g, found.x, s, y)
+    across = dot(found.x, y)
+    return Seen(
+        trial=Trial(found.t, found.f, dot(found.g, now.d)),
+        grad_norm=grad_norm,
+        x_norm=x_norm,
+        # A difference of squares is exact enough: what counts is whether it is below 1.
+        travel=jnp.sqrt(jnp.maximum(x_norm**2 - 2 * dot(found.x, x0) + dot(x0, x0), 0)),
+        s_norm=s_norm,
+        y_norm=y_norm,
+        curved=dot(s, y),
+        across=across,
+        back=across - dot(x0, y),
+    )
+
+
+def _norms(*vectors: Vector) -> tuple[Scalar, ...]:
+    """Return the 2-norm of each vector, as `_vector.norm` does, for less.
+
+    On a CPU `dot` is vectorized and the reductions in `norm` are not. Only if a square is out of
+    range are all computed again, by `norm`.
+    """
+    squares = jnp.stack([_vector.dot(x, x) for x in vectors])
+    limits = jnp.finfo(squares.dtype)
+    least = float(limits.tiny) / float(limits.eps)
+    lengths = jax.lax.cond(
+        _lanes.anywhere(~jnp.all((squares >= least) & (squares < jnp.inf))),
+        lambda: jnp.stack([_vector.norm(x) for x in vectors]),
+        lambda: jnp.sqrt(squares),
+    )
+    return tuple(lengths[k] for k in range(len(vectors)))
+
+
+def _with_newton_step(
+    problem: Problem, now: State, decision: Decision, s: Vector, settings: Settings
+) -> tuple[State, Decision]:
+    """Ask Newton's method for a step; where it has none, the search goes on."""
+
+    def hvp(p):
+        return problem.product(now.point.x, p)
+
+    def ask():
+        rtol = jnp.maximum(jnp.asarray(settings.terms.rtol, now.slope.dtype), 0)
+        point, ledger = now.point, now.ledger
+        curvature = _vector.nonzero(ledger.scale.curvature)
+        guess = _vector.where(now.slope < 0, -now.slope, point.grad_norm**2 / curvature)
+        most = _LEAST_PRODUCTS + 2 * ledger.num_fun_evals
+        return newton_step(hvp, point.x, point.g, s, guess, rtol, most, decision.ask)
+
+    def keep():
+        return now.d, now.slope, now.ledger.newton
+
+    d, slope, found = jax.lax.cond(_lanes.anywhere(decision.ask), ask, keep)
+    ledger = _phases.answered(now.ledger, decision.ask, found, now.point.grad_norm, settings.terms)
+    new = decision.ask & found.valid
+    d, slope = _lanes.only(new, (d, slope), (now.d, now.slope))
+    line = _vector.where(new, _wolfe.begin(now.point.f, slope, jnp.ones_like(slope)), now.line)
+    turn = decision.turn | (decision.ask & ~found.valid & ~ledger.over())
+    now = State(now.point, d, slope, now.memory, now.search, line, ledger)
+    return now, eqx.tree_at(lambda a: a.turn, decision, turn)
+
+
+def _turned(now: State, decision: Decision, settings: Settings) -> State:
+    """Take the next direction from the memory, or from the gradient where that has none."""
+    x, g, grad_norm = now.point.x, now.point.g, now.point.grad_norm
+
+    def direction():
+        pair = _memory.newest(now.memory, x, g)
+        known = (now.memory.count > 0) & pair.is_curved() & ~decision.restart
+        memory = _vector.where(known, now.memory, _memory.emptied(now.memory))
+        updates, memory = _memory.direction(memory, x, g)
+        slope = _vector.dot(updates, g)
+        least = _vector.epsilon(x) * grad_norm * jnp.sqrt(_vector.dot(updates, updates))
+        known = known & (slope < -least) & jnp.isfinite(slope)
+        d = _vector.where(known, updates, jax.tree.map(jnp.negative, g))
+        slope = _vector.where(known, slope, -(grad_norm**2))
+        t = _vector.where(known, 1, _first_length(now.point, now.ledger.scale))
+        return d, slope, memory, t, known
+
+    def keep():
+        return now.d, now.slope, now.memory, now.line.t, jnp.asarray(False)
+
+    found = jax.lax.cond(_lanes.anywhere(decision.turn), direction, keep)
+    d, slope, memory, t, known = found
+    turned = decision.turn
+    (d, slope, t), memory = (
+        _lanes.only(turned, (d, slope, t), (now.d, now.slope, now.line.t)),
+        _lanes.held(_lanes.waits(~turned), now.memory, memory, _memory.rows),
+    )
+    line = _vector.where(turned, _wolfe.begin(now.point.f, slope, t), now.line)
+    ledger = _phases.turned(now.ledger, turned & known, grad_norm, slope, settings.terms)
+    # Of a solve that ends here the newest pair is the one that Optax would form next.
+    ended = eqx.tree_at(_memory.rows, now.memory, _memory.rows(memory))
+    memory = _vector.where(ledger.over(), ended, memory)
+    return State(now.point, d, slope, memory, now.search, line, ledger)
+
+
+def _first_length(point: Point, scale) -> Scalar:
+    """Return the first length along `-g`, whatever the scales of objective and variables.
+
+    `|f| / ‖g‖²` would be half of Newton's for `f = c/2 ‖x‖²`.
+    """
+    room = _CAUTION * jnp.maximum(1, scale.size)
+    safe = _vector.nonzero(point.grad_norm)
+    step = jnp.minimum(jnp.abs(point.f) / safe, room)
+    step = _vector.where((step > 0) & jnp.isfinite(step), step, room)
+    t = _vector.where(scale.curvature > 0, 1 / _vector.nonzero(scale.curvature), step / safe)
+    return jnp.minimum(t, 10 * room / _CAUTION / safe)
+
+
+def _record(now: State, after: State, decision: Decision) -> Step:
+    counts = after.ledger.num_steps, after.ledger.num_fun_evals
+    step_size = _vector.where(decision.taken, now.line.t, 0)
+    return Step(*counts, after.point.f, after.point.grad_norm, step_size, after.ledger.over())
+
+
+def outcome(end: State) -> Outcome:
+    """Return where the solve ended."""
+    ledger, point = end.ledger, end.point
+    stats = Stats(
+        num_steps=ledger.num_steps,
+        num_fun_evals=ledger.num_fun_evals,
+        num_hvps=ledger.num_hvps,
+        grad_norm=point.grad_norm,
+        reference_grad_norm=ledger.scale.reference(),
+    )
+    state = WarmStart(
+        point.x, point.g, end.memory, ledger.scale.reference(), ledger.scale.curvature
+    )
+    return Outcome(point.x, point.f, ledger.result, stats, state, ledger.achieved, ledger.regular)

@@ -1,0 +1,533 @@
+"""A solve as a table: what a trial finds, what comes next, and when it is over.
+
+A trial is an evaluation of the objective and its gradient at one point. `λ² = -gᵀd` is the Newton
+decrement: with `H d = -g`, the square of the distance to the minimizer of the quadratic model in
+the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
+
+| phase: the trial is | what is found | next |
+|---|---|---|
+| START: the start | not finite | DONE, `nonfinite_start` |
+| | the gradient is zero, or below `atol` without a polish | DONE, `successful` |
+| | a warm start, and the gradient below the reference | NEWTON |
+| | else | SEARCH, down the gradient |
+| SEARCH: `x + t d` | a cold start's first trial shows that the minimum is near | NEWTON, from `x` |
+| | the Wolfe conditions do not hold yet | SEARCH, another `t` |
+| | out of trials | SEARCH, the best `t` met, which is then taken |
+| | out of trials, and none fell | SEARCH, down the gradient, the memory emptied |
+| | they hold: taken; the gradient is below `atol` | DONE, `successful`; NEWTON with a polish |
+| | taken; the gradient is small enough to hand over | NEWTON |
+| | taken; without a polish, gradient and decrement are small | DONE, `successful` |
+| | taken; else | SEARCH, along Optax's direction |
+| | stuck: no progress, or no descent down the gradient | NEWTON, once; or DONE |
+| NEWTON: `x + d` | contracts, and what is left is small | taken; DONE, `successful` |
+| | does not; the step before did, or `x` is at rounding, and `λ²` is small | DONE, `successful` |
+| | contracts | taken; NEWTON |
+| | does not; `λ²` is rounding of `xᵀHx`, or of `f` and the solve is stuck or long | DONE |
+| | does not; stuck | DONE, `line_search_failed` |
+| | does not, or there is no such step | SEARCH, to a smaller gradient before the next |
+| any | five searches in a row met no bottom | DONE, `unbounded` |
+| | `max_steps` | DONE, `max_steps_reached` |
+
+A step *contracts* if `|∇f(x+d)ᵀd| <= 0.1 λ²` and the objective falls by `λ²/4` or more, or by
+less than its noise can show. It is taken if the norm of the gradient falls, too. *What is left* is
+`√(q λ²)` with `q = |∇f(x+d)ᵀd| / λ²`, or what conjugate gradients left of the system. Small is
+`rtol` of the energy norm of `x`, or of the step that led there if that is larger.
+"""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from difflbfgs import _vector, _wolfe
+from difflbfgs._scale import Scale, at_noise_level, rounding
+from difflbfgs._solution import RESULTS, count
+from difflbfgs._vector import Count, Flag, Scalar
+from difflbfgs._wolfe import Judgement, Line, Trial
+
+START, SEARCH, NEWTON, DONE = range(4)
+
+# A Newton step contracts if the slope at its end is this part of that at its beginning.
+CONTRACTION = 0.1
+# The part of the reference at which the search hands over to Newton's method, at first. Where a
+# step does not contract, the gradient has to be this much smaller before the next.
+HAND_OVER = 1e-3
+# At a degenerate minimum the decrement tends to zero beside the energy, and at infinity it does
+# not: along exp(-x) the ratio of their roots is 1/x.
+_DEGENERATE = 1e-2
+# This many steps without progress beyond rounding, or line searches in a row that lengthened their
+# step by at least `_RUNAWAY_STEP`, to 1 or more, and found the objective as steep as before.
+_STALLED = 12
+# Newton's method is asked after so many steps whatever they say, and again after twice as many:
+# where variables differ in curvature by many orders the search is slow far from the minimum, too.
+_LONG = 64
+_RUNAWAY = 5
+_RUNAWAY_STEP = 1e3
+
+
+class Terms(eqx.Module):
+    """What a solve is asked for.
+
+    Attributes:
+        rtol: relative tolerance; see the module.
+        atol: absolute tolerance on the gradient norm.
+        noise: error of the objective's values relative to them, but for rounding.
+        polish: number of Newton steps.
+        max_steps: bound on the steps.
+    """
+
+    rtol: Any
+    atol: Any
+    noise: Any
+    polish: int = eqx.field(static=True)
+    max_steps: int | None = eqx.field(static=True)
+
+
+class Here(eqx.Module):
+    """The point where the solve stands, in scalars; `slope` is `gᵀd`."""
+
+    f: Scalar
+    grad_norm: Scalar
+    slope: Scalar
+
+
+class Seen(eqx.Module):
+    """What was measured at a trial: of the point, and of the step `s` there with its `y`."""
+
+    trial: Trial
+    grad_norm: Scalar
+    x_norm: Scalar
+    travel: Scalar
+    s_norm: Scalar
+    y_norm: Scalar
+    curved: Scalar  # sᵀy
+    across: Scalar  # xᵀy
+    back: Scalar  # (x - x0)ᵀy
+
+    def finite(self) -> Flag:
+        """Return whether objective and gradient are finite at the trial."""
+        return jnp.isfinite(self.trial.f) & jnp.isfinite(self.grad_norm)
+
+    def is_curved(self) -> Flag:
+        """Return whether `sᵀy > eps ‖s‖ ‖y‖`."""
+        limits = jnp.finfo(self.curved.dtype)
+        least = jnp.maximum(float(limits.eps) * self.s_norm * self.y_norm, limits.tiny)
+        return (self.curved > least) & (self.curved < jnp.inf)
+
+
+class Findings(eqx.Module):
+    """What is known of a Newton step.
+
+    Attributes:
+        valid: the Hessian is positive definite as far as was seen, and `d` a descent direction.
+        solved: its equations were solved as well as was asked.
+        residual: the part of `λ²` that was left of them.
+        energy: `xᵀHx`, or `sᵀHs` of the step to `x` if that is larger.
+        size: `xᵀHx`, of whose size the terms of the objective are.
+        products: Hessian products spent.
+    """
+
+    valid: Flag
+    solved: Flag
+    residual: Scalar
+    energy: Scalar
+    size: Scalar
+    products: Count
+
+
+class Ledger(eqx.Module):
+    """What the table remembers.
+
+    Attributes:
+        phase: of the trial to come.
+        result: how the solve ended.
+        scale: the size of things.
+        least_f, least_grad_norm: the least so far.
+        stalled, runaway: steps without progress, and without a bottom.
+        fresh: nothing was taken since the memory was last emptied.
+        asked: Newton's method was asked since the solve got stuck.
+        hand_over: the part of the reference at which it is asked.
+        ask_at: the number of steps after which it is asked anyway.
+        steps_energy: the energy of the last step, `sᵀy`.
+        least_energy: a lower bound of `xᵀHx` by the last step, `(xᵀy)² / sᵀy`; or of that of the
+            way from the start, cut to length 1, as the minimizer may be the origin.
+        predicted: the decrement of the quasi-Newton model where it was last asked.
+        newton: what is known of the Newton step to be tried.
+        polished: Newton steps taken in a row.
+        achieved: the relative error that is left.
+        regular: whether a Newton step showed that the minimum is one that can be differentiated.
+        num_steps, num_fun_evals, num_hvps: counts.
+    """
+
+    phase: Count
+    result: Any
+    scale: Scale
+    least_f: Scalar
+    least_grad_norm: Scalar
+    stalled: Count
+    runaway: Count
+    fresh: Flag
+    asked: Flag
+    hand_over: Scalar
+    ask_at: Count
+    steps_energy: Scalar
+    least_energy: Scalar
+    predicted: Scalar
+    newton: Findings
+    polished: Count
+    achieved: Scalar
+    regular: Flag
+    num_steps: Count
+    num_fun_evals: Count
+    num_hvps: Count
+
+    def over(self) -> Flag:
+        """Return whether the solve has ended."""
+        return self.phase == DONE
+
+    def exhausted(self, terms: Terms) -> Flag:
+        """Return whether no more steps are allowed."""
+        if terms.max_steps is None:
+            return jnp.asarray(False)
+        return self.num_steps >= terms.max_steps
+
+    def at_noise_level(self, f: Scalar, grad_norm: Scalar) -> Flag:
+        """Return whether rounding explains why there is no more progress."""
+        return at_noise_level(f, grad_norm, self.predicted, self.scale)
+
+    def tightened(self, grad_norm: Scalar) -> Scalar:
+        """Return where to hand over next, after a Newton step that did not contract."""
+        gradient = grad_norm / _vector.nonzero(self.scale.reference())
+        decrement = jnp.sqrt(self.predicted / _vector.nonzero(self.measured_energy()))
+        return jnp.minimum(self.hand_over, 0.1 * jnp.minimum(gradient, decrement))
+
+    def measured_energy(self) -> Scalar:
+        """Return the energy of `x`, as far as the last step of L-BFGS tells it."""
+        return jnp.maximum(self.least_energy, self.steps_energy)
+
+
+class Decision(eqx.Module):
+    """What is to be done after a trial.
+
+    Attributes:
+        taken: the trial becomes the point.
+        ask: a Newton step is to be found.
+        turn: a direction is to be had from the memory, or down the gradient.
+        restart: the memory is to be emptied first.
+        step: a step was counted.
+    """
+
+    taken: Flag
+    ask: Flag
+    turn: Flag
+    restart: Flag
+    step: Flag
+
+
+def first(zero: Scalar, hand_over: Any, reference: Scalar, curvature: Scalar) -> Ledger:
+    """Return the ledger of a solve that begins; a warm one has a reference and a curvature."""
+    no, none, inf = jnp.asarray(False), count(0), jnp.full_like(zero, jnp.inf)
+    return Ledger(
+        phase=count(START),
+        result=RESULTS.max_steps_reached,
+        scale=Scale(reference, curvature, zero, jnp.asarray(True)),
+        least_f=inf,
+        least_grad_norm=inf,
+        stalled=none,
+        runaway=none,
+        fresh=jnp.asarray(True),
+        asked=no,
+        hand_over=zero + hand_over,
+        ask_at=count(_LONG),
+        steps_energy=zero,
+        least_energy=zero,
+        predicted=inf,
+        newton=Findings(no, no, zero, zero, zero, none),
+        polished=none,
+        achieved=inf,
+        regular=jnp.asarray(True),
+        num_steps=none,
+        num_fun_evals=none,
+        num_hvps=none,
+    )
+
+
+class _Searched(eqx.Module):
+    """What a trial of a search is: its end, a way back to the best length met, or its failure."""
+
+    judged: Judgement
+    ended: Flag
+    back: Flag
+    failed: Flag
+
+    @classmethod
+    def of(cls, searching, line: Line, here: Here, seen: Seen, trial: Trial, level: Scalar):
+        """Judge the trial; a bracket that is at rounding level has no room for another one."""
+        judged = _wolfe.judge(line, here.f, here.slope, trial, level, seen.finite())
+        gap = jnp.abs(line.high.t - line.low.t) / _vector.nonzero(jnp.abs(trial.t)) * seen.s_norm
+        # The objective rose by more than its noise where its slopes promise a decrease of less.
+        hidden = -trial.t * here.slope <= level - here.f
+        hidden &= jnp.abs(trial.slope) <= -here.slope
+        closed = line.bracketed & ((gap <= _epsilon(gap) * seen.x_norm) | hidden)
+        last = line.last() | closed
+        ended = searching & (judged.holds | (last & judged.best))
+        back = searching & last & ~ended & (line.low.t > 0) & (line.t != line.low.t)
+        return cls(judged, ended, back, searching & last & ~ended & ~back)
+
+
+class _Polished(eqx.Module):
+    """What a Newton step shows: see the table.
+
+    Attributes:
+        decrement: `λ²` at its beginning.
+        hidden: the objective's noise hides a decrease of `λ²`.
+        contracts, kept, enough: as in the table.
+        left: what is left of the error where the solve stands then, squared.
+        limit: the step says no more, as `λ²` is at rounding level, and it did not contract.
+    """
+
+    decrement: Scalar
+    hidden: Flag
+    contracts: Flag
+    kept: Flag
+    enough: Flag
+    left: Scalar
+    limit: Flag
+
+    @classmethod
+    def of(
+        cls,
+        polishing: Flag,
+        ledger: Ledger,
+        here: Here,
+        seen: Seen,
+        trial: Trial,
+        holds: Flag,
+        noise: Scalar,
+        terms: Terms,
+    ):
+        """Judge the step from `here`; `holds` says that it would do for a line search."""
+        energy, finite = ledger.newton.energy, seen.finite()
+        decrement = _vector.where(polishing, -here.slope, 0)
+        along, rounds = jnp.abs(trial.slope), rounding(ledger.newton.size)
+        level = ledger.least_f + noise
+        hidden = decrement <= noise + rounds
+        falls = (here.f - trial.f >= 0.25 * decrement) | (hidden & (trial.f <= level + rounds))
+        contracts = polishing & finite & (along <= CONTRACTION * decrement) & falls
+        # A step below one rounding of x gains nothing.
+        tiny = decrement <= rounding(jnp.sqrt(energy)) ** 2
+        lower = (trial.f <= level) & (seen.grad_norm < here.grad_norm)
+        kept = polishing & (contracts | (finite & holds)) & lower & ~tiny
+        ratio = jnp.maximum(along / _vector.nonzero(decrement), ledger.newton.residual)
+        left = decrement * _vector.where(kept & contracts, ratio, 1)
+        solved = polishing & ledger.newton.solved
+        small = terms.rtol**2 * energy
+        # After a step that contracted, the decrement is what that one left.
+        seen_before = (ledger.polished > 0) | tiny
+        enough = solved & _vector.where(
+            contracts, left <= small, seen_before & (decrement <= small)
+        )
+        waited = ledger.asked | (ledger.num_steps >= _LONG)
+        flat = tiny | (decrement <= rounds) | (waited & hidden)
+        return cls(decrement, hidden, contracts, kept, enough, left, solved & ~contracts & flat)
+
+    def is_degenerate(self, energy: Scalar) -> Flag:
+        """Return whether a step that does not contract is near a minimum all the same."""
+        return self.decrement <= _DEGENERATE**2 * energy
+
+    def is_regular(self, energy: Scalar, terms: Terms) -> Flag:
+        """Return whether the point can be differentiated like a minimizer that was reached."""
+        near = self.decrement <= jnp.maximum(
+            terms.rtol**2 * energy, rounding(jnp.sqrt(energy)) ** 2
+        )
+        return ~self.limit | near
+
+
+def decide(
+    ledger: Ledger, line: Line, here: Here, seen: Seen, terms: Terms
+) -> tuple[Decision, Ledger, Line]:
+    """Return what comes after a trial: see the table."""
+    starting, searching, polishing = (ledger.phase == k for k in (START, SEARCH, NEWTON))
+    finite, polish = seen.finite(), terms.polish > 0
+    away = jnp.full_like(here.f, jnp.inf)
+    trial = _vector.where(finite, seen.trial, Trial(seen.trial.t, away, away))
+    # Two values are compared, and both are wrong.
+    noise = rounding(ledger.least_f) + 2 * terms.noise * jnp.abs(ledger.least_f)
+    noise = _vector.where(starting, 0, noise)
+
+    search = _Searched.of(searching, line, here, seen, trial, ledger.least_f + noise)
+    holds = search.judged.holds
+    newton = _Polished.of(polishing, ledger, here, seen, trial, holds, noise, terms)
+    search, newton = jax.lax.optimization_barrier((search, newton))
+    taken = (starting & finite) | search.ended | newton.kept
+    step = search.ended | search.failed | newton.kept
+    after = _after(ledger, here, seen, taken, step, noise)
+    after, taken = jax.lax.optimization_barrier((after, taken))
+    f, grad_norm = _vector.where(taken, (trial.f, seen.grad_norm), (here.f, here.grad_norm))
+
+    more = ~newton.enough | (ledger.polished + 1 < terms.polish)
+    again = newton.kept & newton.contracts & more
+    stuck = (searching & taken & (after.stalled >= _STALLED)) | (search.failed & ledger.fresh)
+    zero = (taken | polishing) & (grad_norm == 0)
+    least = (taken | polishing) & (grad_norm <= terms.atol)
+    near = _is_near(ledger, after, line, here, seen, taken)
+    ask = polish & ~zero & (near | again | (least & ~polishing) | (stuck & ~ledger.asked))
+
+    lost = (stuck & (ledger.asked | (not polish))) | (
+        polishing & ledger.asked & ~again & ~newton.kept
+    )
+    # A Newton step knows better than the norms of gradients whether noise hides a decrease.
+    told = polishing & ledger.newton.solved & ~newton.hidden
+    hopeless = after.at_noise_level(f, grad_norm) & ~told
+    degenerate = newton.is_degenerate(ledger.newton.energy)
+    done, result = _first_of(
+        (starting & ~finite, RESULTS.nonfinite_start),
+        (zero | (least & (polishing | (not polish))), RESULTS.successful),
+        (newton.enough & ~again, RESULTS.successful),
+        (~starting & (seen.trial.f == -jnp.inf), RESULTS.unbounded),
+        (after.runaway >= _RUNAWAY, RESULTS.unbounded),
+        (newton.limit & degenerate, RESULTS.precision_limit),
+        (newton.limit, RESULTS.no_minimizer),
+        (lost & hopeless, RESULTS.precision_limit),
+        (lost, RESULTS.line_search_failed),
+        (after.exhausted(terms), RESULTS.max_steps_reached),
+    )
+    ask = ask & ~done
+    turn = ~done & ~ask & (taken | search.failed | polishing)
+    away = polishing & ~again & ~done
+    moving = taken & searching & (after.stalled == 0)
+    energy = ledger.newton.energy
+    error = jnp.sqrt(newton.left / _vector.nonzero(energy))
+    ratio = grad_norm / _vector.nonzero(after.scale.reference())
+    after = dataclasses.replace(
+        after,
+        phase=_vector.where(done, DONE, _vector.where(ask, NEWTON, SEARCH)).astype(jnp.int32),
+        result=result,
+        asked=_vector.where(stuck, ask, ledger.asked & ~moving),
+        ask_at=_vector.where(
+            ask & ~polishing, jnp.maximum(ledger.ask_at, 2 * after.num_steps), ledger.ask_at
+        ),
+        hand_over=_vector.where(away, after.tightened(grad_norm), ledger.hand_over),
+        # Where the energy of x vanishes, as along symmetries, the gradient says more.
+        achieved=_vector.where(polishing & (energy > 0), jnp.minimum(error, ratio), ratio),
+        regular=newton.is_regular(energy, terms),
+    )
+    line = _vector.where(
+        search.back, _wolfe.settled(line), _wolfe.advance(line, trial, search.judged, finite)
+    )
+    return Decision(taken, ask, turn, search.failed, step), after, line
+
+
+def _is_near(
+    ledger: Ledger, after: Ledger, line: Line, here: Here, seen: Seen, taken: Flag
+) -> Flag:
+    """Return whether the minimum seems so near that Newton's method is to be asked.
+
+    By the gradient norm beside its reference, or by the decrement of the quasi-Newton model beside
+    the energy, which knows no units. The first trial of a cold start shows a curvature, and so
+    whether the start is near. After many steps it is asked anyway.
+    """
+    starting, searching = ledger.phase == START, ledger.phase == SEARCH
+    reference = after.scale.reference()
+    warm = (seen.grad_norm <= reference) & (reference > 0)
+    small = seen.grad_norm <= after.hand_over * reference
+    flat = after.predicted <= after.hand_over**2 * after.measured_energy()
+    late = after.num_steps >= ledger.ask_at
+    bent = seen.y_norm / _vector.nonzero(seen.s_norm) * jnp.minimum(1, after.scale.size)
+    first = searching & ~taken & (ledger.num_steps == 0) & (line.trials == 0) & seen.finite()
+    first &= ledger.num_hvps == 0  # Newton's method was not asked for that reason before
+    beside = first & (here.grad_norm <= after.hand_over * bent)
+    return taken & ((starting & warm) | (searching & (small | flat | late))) | beside
+
+
+def _after(
+    ledger: Ledger, here: Here, seen: Seen, taken: Flag, step: Flag, noise: Scalar
+) -> Ledger:
+    """Return the ledger with the trial in the books."""
+    starting, polishing = ledger.phase == START, ledger.phase == NEWTON
+    moved = taken & ~starting
+    trial, scale = seen.trial, ledger.scale
+    curvature = _vector.where(seen.is_curved(), seen.y_norm / _vector.nonzero(seen.s_norm), 0)
+    start = _vector.where(scale.start > 0, scale.start, seen.grad_norm)
+    begun = Scale(start, scale.curvature, seen.x_norm, scale.local)
+    later = scale.after(seen.s_norm, curvature, seen.x_norm, seen.travel)
+    progress = (trial.f < ledger.least_f - noise) | (seen.grad_norm < 0.5 * ledger.least_grad_norm)
+    stalled = _vector.where(progress | polishing, 0, ledger.stalled + 1)
+    steep = seen.curved <= -0.1 * trial.t * here.slope  # g⁺ᵀs is still 0.9 gᵀs
+    far = (trial.t >= _RUNAWAY_STEP) & (seen.s_norm >= 1)
+    runaway = _vector.where(steep & far & ~polishing, ledger.runaway + 1, 0)
+    back = jnp.abs(seen.back) / jnp.maximum(seen.travel, 1)
+    bent = jnp.maximum(jnp.abs(seen.across), back)
+    bent = bent / jnp.sqrt(_vector.where(seen.is_curved(), seen.curved, 1))
+    bound = _vector.where(seen.is_curved(), bent**2, 0)
+    least_f = jnp.minimum(ledger.least_f, trial.f)
+    least_grad_norm = jnp.minimum(ledger.least_grad_norm, seen.grad_norm)
+    return dataclasses.replace(
+        ledger,
+        scale=_vector.where(starting, begun, _vector.where(moved, later, scale)),
+        least_f=_vector.where(taken, least_f, ledger.least_f),
+        least_grad_norm=_vector.where(taken, least_grad_norm, ledger.least_grad_norm),
+        stalled=_vector.where(moved, stalled, ledger.stalled),
+        runaway=_vector.where(moved, runaway, ledger.runaway),
+        fresh=_vector.where(step, ~taken, ledger.fresh),
+        polished=_vector.where(polishing & taken, ledger.polished + 1, 0),
+        steps_energy=_vector.where(moved, jnp.maximum(seen.curved, 0), ledger.steps_energy),
+        least_energy=_vector.where(moved, bound, ledger.least_energy),
+        num_steps=ledger.num_steps + step,
+        num_fun_evals=ledger.num_fun_evals + 1,
+    )
+
+
+def answered(
+    ledger: Ledger, asked: Flag, newton: Findings, grad_norm: Scalar, terms: Terms
+) -> Ledger:
+    """Return the ledger after Newton's method was `asked`, and what it found."""
+    lost = asked & ~newton.valid
+    least = grad_norm <= terms.atol
+    ended = lost & (ledger.asked | least)
+    phase = _vector.where(ended, DONE, _vector.where(lost, SEARCH, ledger.phase))
+    tightened = ledger.tightened(grad_norm)
+    hopeless = ledger.at_noise_level(ledger.least_f, grad_norm)
+    how = RESULTS.where(hopeless, RESULTS.precision_limit, RESULTS.line_search_failed)
+    how = RESULTS.where(least, RESULTS.successful, how)
+    return dataclasses.replace(
+        ledger,
+        phase=phase.astype(jnp.int32),
+        result=RESULTS.where(ended, how, ledger.result),
+        hand_over=_vector.where(lost, tightened, ledger.hand_over),
+        newton=_vector.where(asked, newton, ledger.newton),
+        num_hvps=ledger.num_hvps + _vector.where(asked, newton.products, 0),
+    )
+
+
+def turned(ledger: Ledger, known: Flag, grad_norm: Scalar, slope: Scalar, terms: Terms) -> Ledger:
+    """Return the ledger after the memory, if `known`, gave a direction of this slope.
+
+    Without a polish the solve ends where the gradient is small, and the decrement of the
+    quasi-Newton model beside the energy. (Along the eigenvector of a curvature `μ` an error that
+    the first allows has a decrement of `rtol² c/μ` of the energy, `c` being the largest.)
+    """
+    predicted = _vector.where(known, -slope, ledger.predicted)
+    small = ledger.scale.local & (grad_norm <= terms.atol + terms.rtol * ledger.scale.reference())
+    little = -slope <= terms.rtol * ledger.measured_energy()
+    done = known & small & little & (terms.polish == 0)
+    return dataclasses.replace(
+        ledger,
+        predicted=predicted,
+        phase=_vector.where(done, DONE, ledger.phase).astype(jnp.int32),
+        result=RESULTS.where(done, RESULTS.successful, ledger.result),
+    )
+
+
+def _epsilon(like: Scalar) -> float:
+    return float(jnp.finfo(like.dtype).eps)
+
+
+def _first_of(*rows: tuple[Flag, Any]) -> tuple[Flag, Any]:
+    """Return whether any flag is set, and the result beside the first that is."""
+    done, result = jnp.asarray(False), RESULTS.max_steps_reached
+    for flag, name in reversed(rows):
+        done, result = done | flag, RESULTS.where(flag, name, result)
+    return done, result
