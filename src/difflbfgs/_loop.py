@@ -209,14 +209,19 @@ def _measure(now: State, found: _Evaluated, x0: Vector) -> Seen:
         trial=Trial(found.t, found.f, dot(found.g, now.d)),
         grad_norm=grad_norm,
         x_norm=x_norm,
-        # A difference of squares is exact enough: what counts is whether it is below 1.
-        travel=jnp.sqrt(jnp.maximum(x_norm**2 - 2 * dot(found.x, x0) + dot(x0, x0), 0)),
+        travel=_distance(found.x, x0),
         s_norm=s_norm,
         y_norm=y_norm,
         curved=dot(s, y),
         across=across,
         back=across - dot(x0, y),
     )
+
+
+def _distance(x: Vector, x0: Vector) -> Scalar:
+    """Return `‖x - x0‖` from products, for one vector less; below 1 or not is what counts."""
+    square = _vector.dot(x, x) - 2 * _vector.dot(x, x0) + _vector.dot(x0, x0)
+    return _vector.where(jnp.isfinite(square), jnp.sqrt(jnp.maximum(square, 0)), jnp.inf)
 
 
 def _norms(*vectors: Vector) -> tuple[Scalar, ...]:
@@ -277,9 +282,10 @@ def _turned(now: State, decision: Decision, settings: Settings) -> State:
         slope = _vector.dot(updates, g)
         least = _vector.epsilon(x) * grad_norm * jnp.sqrt(_vector.dot(updates, updates))
         known = known & (slope < -least) & jnp.isfinite(slope)
-        d = _vector.where(known, updates, jax.tree.map(jnp.negative, g))
-        slope = _vector.where(known, slope, -(grad_norm**2))
-        t = _vector.where(known, 1, _first_length(now.point, now.ledger.scale))
+        length = _first_length(now.point, now.ledger.scale)
+        d = _vector.where(known, updates, _vector.scale(-length, g))
+        slope = _vector.where(known, slope, -(length * grad_norm) * grad_norm)
+        t = jnp.ones_like(slope)
         return d, slope, memory, t, known
 
     def keep():

@@ -461,7 +461,7 @@ def _after(
     back = jnp.abs(seen.back) / jnp.maximum(seen.travel, 1)
     bent = jnp.maximum(jnp.abs(seen.across), back)
     bent = bent / jnp.sqrt(_vector.where(seen.is_curved(), seen.curved, 1))
-    bound = _vector.where(seen.is_curved(), bent**2, 0)
+    bound = _vector.where(seen.is_curved() & jnp.isfinite(bent), bent**2, 0)
     least_f = jnp.minimum(ledger.least_f, trial.f)
     least_grad_norm = jnp.minimum(ledger.least_grad_norm, seen.grad_norm)
     return dataclasses.replace(
