@@ -65,6 +65,8 @@ _STALLED = 12
 _LONG = 64
 _RUNAWAY = 5
 _RUNAWAY_STEP = 1e3
+# Trials after which a search within the noise of the objective is content with what it has.
+_FEW = 5
 
 
 class Terms(eqx.Module):
@@ -269,7 +271,9 @@ class _Searched(eqx.Module):
         gap = jnp.abs(line.high.t - line.low.t) / _vector.nonzero(jnp.abs(trial.t)) * seen.s_norm
         # The objective rose by more than its noise where its slopes promise a decrease of less.
         hidden = -trial.t * here.slope <= level - here.f
-        hidden &= jnp.abs(trial.slope) <= -here.slope
+        # Or there is a length that does, and slopes at rounding level do not tell a better one.
+        tried = (line.low.t > 0) & (line.trials >= _FEW)
+        hidden &= (jnp.abs(trial.slope) <= -here.slope) | tried
         closed = line.bracketed & ((gap <= _epsilon(gap) * seen.x_norm) | hidden)
         last = line.last() | closed
         ended = searching & (judged.holds | (last & judged.best))
