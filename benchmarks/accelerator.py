@@ -438,7 +438,7 @@ def accuracy(case: Case, quick: bool) -> Iterator[dict[str, Any]]:
         dtype, _, way = key
         found, result, *estimates = made.result()(*arguments[key])
         for what, one, wanted in compared(way, found, exact):
-            estimates = [float(each) / np.linalg.norm(wanted) for each in estimates]
+            estimates = [float(each / np.linalg.norm(wanted)) for each in estimates]
             name = ", ".join((case.name, *key, *what))
             error = relative(one, wanted)
             yield judged(name, error, TOLERANCE[dtype], code(result), *estimates)

@@ -163,8 +163,8 @@ class ConjugateGradient(SymmetricSolver):
             (one, zero),
             jnp.asarray(False),
         )
-        end = jax.lax.while_loop(unfinished, advance, start)
-        u, _, _, (square, _), step, (low, high), ritz, *_ = end
+        end: Any = jax.lax.while_loop(unfinished, advance, start)
+        u, _, _, (square, _), step, (low, high), ritz, _, _ = end
         if not preconditioned:
             low, high = jnp.minimum(low, 1 / ritz.inverse), jnp.maximum(high, ritz.high)
         solved = jnp.sqrt(square) <= target

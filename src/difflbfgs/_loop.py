@@ -276,7 +276,7 @@ def _turned(now: State, decision: Decision, settings: Settings) -> State:
 
     def direction():
         pair = _memory.newest(now.memory, x, g)
-        known = (now.memory.count > 0) & pair.is_curved() & ~decision.restart
+        known = (jnp.asarray(now.memory.count) > 0) & pair.is_curved() & ~decision.restart
         memory = _vector.where(known, now.memory, _memory.emptied(now.memory))
         updates, memory = _memory.direction(memory, x, g)
         slope = _vector.dot(updates, g)

@@ -407,7 +407,7 @@ def decide(
     ratio = grad_norm / _vector.nonzero(after.scale.reference())
     after = dataclasses.replace(
         after,
-        phase=_vector.where(done, DONE, _vector.where(ask, NEWTON, SEARCH)).astype(jnp.int32),
+        phase=_vector.where(done, DONE, _vector.where(ask, count(NEWTON), SEARCH)),
         result=result,
         asked=_vector.where(stuck, ask, ledger.asked & ~moving),
         ask_at=_vector.where(
@@ -498,7 +498,7 @@ def answered(
     how = RESULTS.where(least, RESULTS.successful, how)
     return dataclasses.replace(
         ledger,
-        phase=phase.astype(jnp.int32),
+        phase=phase,
         result=RESULTS.where(ended, how, ledger.result),
         hand_over=_vector.where(lost, tightened, ledger.hand_over),
         newton=_vector.where(asked, newton, ledger.newton),
@@ -520,7 +520,7 @@ def turned(ledger: Ledger, known: Flag, grad_norm: Scalar, slope: Scalar, terms:
     return dataclasses.replace(
         ledger,
         predicted=predicted,
-        phase=_vector.where(done, DONE, ledger.phase).astype(jnp.int32),
+        phase=_vector.where(done, DONE, ledger.phase),
         result=RESULTS.where(done, RESULTS.successful, ledger.result),
     )
 

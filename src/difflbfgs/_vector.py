@@ -5,7 +5,7 @@ module needs to know which. Most of what follows is `optax.tree`, with types.
 """
 
 import functools
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,13 @@ def add_scaled(x: _T, factor: Any, y: _T) -> _T:
     return cast(Any, optax.tree.add_scale(x, factor, y))
 
 
-def where(condition: Flag, x: _T, y: _T) -> _T:
+@overload
+def where(condition: Flag, x: float, y: Array) -> Array: ...
+@overload
+def where(condition: Flag, x: Array, y: float) -> Array: ...
+@overload
+def where(condition: Flag, x: _T, y: _T) -> _T: ...
+def where(condition: Flag, x: Any, y: Any) -> Any:
     """Return `x` or `y`, each any PyTree of arrays; as one instruction for each leaf."""
 
     def select(a, b):
@@ -52,7 +58,7 @@ def where(condition: Flag, x: _T, y: _T) -> _T:
         a, b = jnp.broadcast_arrays(jnp.asarray(a, kind), jnp.asarray(b, kind))
         return jax.lax.select(condition, a, b)
 
-    return cast(Any, jax.tree.map(select, x, y))
+    return jax.tree.map(select, x, y)
 
 
 def mul(x: _T, y: _T) -> _T:
