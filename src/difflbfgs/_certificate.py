@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from difflbfgs import _adjoint, _vector
+from difflbfgs import _adjoint, _box, _vector
 from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._linear import Accuracy, Dense, Report, System
 from difflbfgs._operator import SymmetricOperator
@@ -65,10 +65,11 @@ def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) 
     """Solve `inner`, and differentiate `outer` at its minimizer by `theta`."""
     outcome = task.solve(inner)
     x = outcome.x
+    inner = task.on_face(inner, outcome)
     H = SymmetricOperator.of(lambda p: inner.product(x, p), x)
     ridge = task.adjoint.ridge
     shifted = H if _is_nothing(ridge) else _shifted(H, ridge, x)
-    system = task.system(shifted, outcome)
+    system = task.system(inner, shifted, outcome)
     value, v = outer.value_and_gradient(x)
     u, report = task.solve_system(system, outcome, v, start)
     trusted = task.trusts(outcome) & (report.result == RESULTS.successful)
@@ -97,7 +98,7 @@ def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) 
     )
 
 
-def lagrangian(inner: Problem, outer: Problem, x: Vector, u: Vector) -> Scalar:
+def lagrangian(inner: Any, outer: Problem, x: Vector, u: Vector) -> Scalar:
     """Return `F(x) - uᵀ∇f(x)`."""
     return outer.value(x) - _vector.dot(u, inner.gradient(x))
 
@@ -117,6 +118,8 @@ def _derivatives(inner, outer, x, u):
 def _estimate(inner, outer, outcome: Outcome, u, gradient, system: System, adjoint: Report):
     """Estimate the error of `gradient` by a Newton step for `(x, u)`."""
     x, g = outcome.x, outcome.state.g
+    if outcome.active is not None:
+        g = _box.masked(outcome.active, g)
     # Evaluated one rounding away, the gradient shows its noise, and hides none of it in an `x` that
     # was chosen because the noise happened to cancel there.
     g_near = inner.gradient(_rounded_off(x))
@@ -148,7 +151,7 @@ def _rounded_off(x: Vector) -> Vector:
     return jax.tree.map(move, x)
 
 
-def _rounding(inner: Problem, x: Vector, system: System) -> Scalar:
+def _rounding(inner: Any, x: Vector, system: System) -> Scalar:
     """Return the rounding error to expect of the gradient at the least.
 
     It is a sum that cancels: of terms as large as `Hx`, which one rounding of `x` shows, and as

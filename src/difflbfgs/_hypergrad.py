@@ -21,7 +21,7 @@ from difflbfgs._checks import (
 )
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._lbfgs import LBFGS, WarmStart
-from difflbfgs._minimize import make_solution, make_task
+from difflbfgs._minimize import make_solution, make_task, with_bounds
 from difflbfgs._problem import Problem, make_problem, make_variables, split_theta
 from difflbfgs._rule import Task
 from difflbfgs._solution import Solution
@@ -76,6 +76,7 @@ def value_and_hypergrad(
     outer: Callable,
     inner: Callable,
     *,
+    bounds: Any = None,
     solver: LBFGS = LBFGS(),
     adjoint: AbstractAdjoint = ImplicitAdjoint(),
     max_steps: int = 1000,
@@ -116,6 +117,8 @@ def value_and_hypergrad(
     Args:
         outer: the outer loss, `outer(x, theta)`, a real scalar.
         inner: the inner objective, `inner(x, theta)`, as for `minimize`.
+        bounds: a pair `(lower, upper)` as for `minimize`, or a function `theta -> (lower, upper)`,
+            by which `grad` goes, too.
         solver: `LBFGS(...)`.
         adjoint: how `H u = ∇ₓF` is solved: `ImplicitAdjoint(...)` or `QuasiNewtonAdjoint(...)`.
             `ForwardImplicitAdjoint(...)` does here what the first does.
@@ -169,6 +172,7 @@ def value_and_hypergrad(
             make_problem(fun, theta, variables, x, name=name)
             for fun, name in ((inner, "inner"), (outer, "outer"))
         ]
+        problems[0] = with_bounds(problems[0], bounds, theta, variables, x0, solver)
         warm = None if state is None else state.solve
         task = make_task(variables, x, warm, theta, solver, adjoint, max_steps, throw)
         u = None if state is None else jax.lax.stop_gradient(state.adjoint)
@@ -208,7 +212,8 @@ def _once_jvp(static, primals, tangents):
     params, arrays = primals
 
     def value(params):
-        _, (inner, outer) = _rule.merge(static, params, arrays)
+        (task, _), (inner, outer) = _rule.merge(static, params, arrays)
+        inner = task.on_face(inner, found.outcome)
         return _certificate.lagrangian(inner, outer, found.outcome.x, found.u)
 
     _, tangent = jax.jvp(value, (params,), (tangents[0],))

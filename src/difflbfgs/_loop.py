@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from difflbfgs import _lanes, _memory, _phases, _vector, _wolfe
+from difflbfgs import _box, _lanes, _memory, _phases, _vector, _wolfe
+from difflbfgs._box import Active, Box, Face
 from difflbfgs._lbfgs import LBFGS, WarmStart
+from difflbfgs._memory import Pair
 from difflbfgs._newton import newton_step
-from difflbfgs._phases import Decision, Here, Ledger, Seen, Terms
+from difflbfgs._phases import Decision, Here, Ledger, Seen, Terms, Wall
 from difflbfgs._problem import Problem
+from difflbfgs._scale import rounding
 from difflbfgs._solution import Outcome, Stats, count
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 from difflbfgs._watch import Step, watch
@@ -33,7 +36,7 @@ _LEAST_PRODUCTS = 200
 
 
 class Point(eqx.Module):
-    """A point, and the objective and its gradient there."""
+    """A point, and the objective and its gradient there; the norm is that of its free part."""
 
     x: Vector
     f: Scalar
@@ -69,6 +72,11 @@ class Settings(eqx.Module):
     solver: LBFGS
     terms: Terms
     x0: Vector
+    box: Box | None
+
+    def active(self, point: Point) -> Active | None:
+        """Return which variables are at their bounds, if there are any."""
+        return None if self.box is None else self.box.active(point.x, point.g)
 
 
 class _Evaluated(eqx.Module):
@@ -78,6 +86,7 @@ class _Evaluated(eqx.Module):
     t: Scalar
     search: Any
     evaluations: Count
+    met: Any = None  # the variables that met their bounds on the way
 
 
 def run(
@@ -90,7 +99,7 @@ def run(
 ) -> Outcome:
     """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
     with jax.numpy_dtype_promotion("standard"):
-        settings = make_settings(solver, x0 if warm is None else warm.x, max_steps)
+        settings = make_settings(solver, x0 if warm is None else warm.x, max_steps, problem.box())
         start = begin(settings, warm)
 
         def advance(now: State) -> State:
@@ -103,16 +112,18 @@ def run(
         def unfinished(now: State) -> Flag:
             return _lanes.anywhere(~now.ledger.over())
 
-        return outcome(jax.lax.while_loop(unfinished, advance, start))
+        return outcome(jax.lax.while_loop(unfinished, advance, start), settings.box)
 
 
-def make_settings(solver: LBFGS, x0: Vector, max_steps: int | None) -> Settings:
+def make_settings(
+    solver: LBFGS, x0: Vector, max_steps: int | None, box: Box | None = None
+) -> Settings:
     """Return what all trips of a solve from `x0` are told."""
     default = _vector.epsilon(x0) ** 0.5
     rtol = default if solver.rtol is None else solver.rtol
     noise = 0.0 if solver.noise is None else solver.noise
     terms = Terms(rtol, solver.atol, noise, solver.polish, max_steps)
-    return Settings(solver, terms, x0)
+    return Settings(solver, terms, x0 if box is None else box.project(x0), box)
 
 
 def begin(settings: Settings, warm: WarmStart | None) -> State:
@@ -125,12 +136,14 @@ def begin(settings: Settings, warm: WarmStart | None) -> State:
     reference, curvature = (zero, zero) if warm is None else (warm.reference, warm.curvature)
     ledger = _phases.first(zero, hand_over, reference, curvature)
     search: Any = settings.solver.linesearch
-    memory = _memory.empty(x, settings.solver.memory_size)
+    memory = _memory.empty(x, settings.solver.memory_size) if warm is None else warm.memory
+    if warm is not None and settings.box is not None:
+        memory = _memory.shifted(memory, _vector.sub(x, warm.x))
     return State(
         point=Point(x, jnp.full_like(zero, jnp.inf), g, zero),
         d=nothing,
         slope=zero,
-        memory=memory if warm is None else warm.memory,
+        memory=memory,
         search=None if search is None else search.init(x),
         line=_wolfe.begin(zero, zero, zero),
         ledger=ledger,
@@ -139,8 +152,8 @@ def begin(settings: Settings, warm: WarmStart | None) -> State:
 
 def trip(problem: Problem, now: State, settings: Settings) -> tuple[State, Decision]:
     """Evaluate, measure, decide, move."""
-    found = _evaluate(problem, now, settings.solver)
-    seen = _measure(now, found, settings.x0)
+    found = _evaluate(problem, now, settings)
+    seen = _measure(now, found, settings)
     here = Here(now.point.f, now.point.grad_norm, now.slope)
     here, seen = jax.lax.optimization_barrier((here, seen))
     decided = _phases.decide(now.ledger, now.line, here, seen, settings.terms)
@@ -159,12 +172,19 @@ def trip(problem: Problem, now: State, settings: Settings) -> tuple[State, Decis
     return _turned(now, decision, settings), decision
 
 
-def _evaluate(problem: Problem, now: State, solver: LBFGS) -> _Evaluated:
+def _evaluate(problem: Problem, now: State, settings: Settings) -> _Evaluated:
     """Return the trial: a length along `d`, or what the user's line search finds."""
+    solver, box = settings.solver, settings.box
 
     def length():
-        x = _vector.add_scaled(now.point.x, now.line.t, now.d)
-        return _Evaluated(x, *problem.value_and_gradient(x), now.line.t, now.search, count(1))
+        x, met = _vector.add_scaled(now.point.x, now.line.t, now.d), None
+        if box is not None:
+            straight, x = x, box.project(x)
+            met = jax.tree.map(jnp.not_equal, straight, x)
+        f, g = problem.value_and_gradient(x)
+        if box is not None:
+            f = _vector.where(box.is_empty(), jnp.nan, f)
+        return _Evaluated(x, f, g, now.line.t, now.search, count(1), met)
 
     if solver.linesearch is None:
         return length()
@@ -198,15 +218,24 @@ def _searched(problem: Problem, now: State, linesearch: Any) -> _Evaluated:
     return _Evaluated(x, f, g, t, search, evaluations)
 
 
-def _measure(now: State, found: _Evaluated, x0: Vector) -> Seen:
+def _measure(now: State, found: _Evaluated, settings: Settings) -> Seen:
     """Return all inner products that the decision asks for."""
+    x0, box, dot = settings.x0, settings.box, _vector.dot
+    g, d, wall = found.g, now.d, None
     s = _vector.sub(found.x, now.point.x)
     y = _vector.sub(found.g, now.point.g)
-    dot = _vector.dot
-    grad_norm, x_norm, s_norm, y_norm = _norms(found.g, found.x, s, y)
+    if box is not None:
+        active = box.active(found.x, g)
+        met = _box.number(found.met) > 0
+        changed = met | _box.differ(active, box.active(now.point.x, now.point.g))
+        promise = _vector.where(met, dot(now.point.g, s), found.t * now.slope)
+        wall = Wall(promise, met, changed)
+        d = _box.masked(found.met, d)  # what meets its bound moves no more
+        g, s, y = (_box.masked(active, v) for v in (g, s, y))
+    grad_norm, x_norm, s_norm, y_norm = _norms(g, found.x, s, y)
     across = dot(found.x, y)
     return Seen(
-        trial=Trial(found.t, found.f, dot(found.g, now.d)),
+        trial=Trial(found.t, found.f, dot(found.g, d)),
         grad_norm=grad_norm,
         x_norm=x_norm,
         travel=_distance(found.x, x0),
@@ -215,6 +244,7 @@ def _measure(now: State, found: _Evaluated, x0: Vector) -> Seen:
         curved=dot(s, y),
         across=across,
         back=across - dot(x0, y),
+        wall=wall,
     )
 
 
@@ -245,9 +275,14 @@ def _with_newton_step(
     problem: Problem, now: State, decision: Decision, s: Vector, settings: Settings
 ) -> tuple[State, Decision]:
     """Ask Newton's method for a step; where it has none, the search goes on."""
+    x, g, active = now.point.x, now.point.g, settings.active(now.point)
+    face: Any = problem
+    if active is not None:
+        face = Face(problem, active, _vector.nonzero(now.ledger.scale.curvature))
+        x, g, s = (_box.masked(active, v) for v in (x, g, s))
 
     def hvp(p):
-        return problem.product(now.point.x, p)
+        return face.product(now.point.x, p)
 
     def ask():
         rtol = jnp.maximum(jnp.asarray(settings.terms.rtol, now.slope.dtype), 0)
@@ -255,7 +290,7 @@ def _with_newton_step(
         curvature = _vector.nonzero(ledger.scale.curvature)
         guess = _vector.where(now.slope < 0, -now.slope, point.grad_norm**2 / curvature)
         most = _LEAST_PRODUCTS + 2 * ledger.num_fun_evals
-        return newton_step(hvp, point.x, point.g, s, guess, rtol, most, decision.ask)
+        return newton_step(hvp, x, g, s, guess, rtol, most, decision.ask)
 
     def keep():
         return now.d, now.slope, now.ledger.newton
@@ -272,13 +307,28 @@ def _with_newton_step(
 
 def _turned(now: State, decision: Decision, settings: Settings) -> State:
     """Take the next direction from the memory, or from the gradient where that has none."""
-    x, g, grad_norm = now.point.x, now.point.g, now.point.grad_norm
+    x, grad_norm = now.point.x, now.point.grad_norm
+    active = settings.active(now.point)
 
     def direction():
+        g = now.point.g
         pair = _memory.newest(now.memory, x, g)
+        if active is not None:
+            pair = Pair(_box.masked(active, pair.s), _box.masked(active, pair.y))
+            g = _box.masked(active, g)
         known = (jnp.asarray(now.memory.count) > 0) & pair.is_curved() & ~decision.restart
-        memory = _vector.where(known, now.memory, _memory.emptied(now.memory))
+        memory = now.memory
+        if active is not None:
+            params, before = _vector.sub(x, pair.s), _vector.sub(g, pair.y)
+            memory = memory._replace(params=params, updates=before)
+        memory = _vector.where(known, memory, _memory.emptied(memory))
         updates, memory = _memory.direction(memory, x, g)
+        if active is not None:
+            updates = _box.masked(active, updates)
+            memory = memory._replace(updates=now.point.g)
+            # A step that only met bounds says nothing of curvature, and takes nothing away.
+            kept = ~known & (jnp.asarray(now.memory.count) > 0) & ~decision.restart
+            memory = _vector.where(kept, now.memory, memory)
         slope = _vector.dot(updates, g)
         least = _vector.epsilon(x) * grad_norm * jnp.sqrt(_vector.dot(updates, updates))
         known = known & (slope < -least) & jnp.isfinite(slope)
@@ -325,17 +375,51 @@ def _record(now: State, after: State, decision: Decision) -> Step:
     return Step(*counts, after.point.f, after.point.grad_norm, step_size, after.ledger.over())
 
 
-def outcome(end: State) -> Outcome:
+def outcome(end: State, box: Box | None = None) -> Outcome:
     """Return where the solve ended."""
     ledger, point = end.ledger, end.point
+    active, weak, counts = None, None, {}
+    if box is not None:
+        active = box.active(point.x, point.g)
+        weak = box.weakly_active(point.x, point.g, active, *_errors(end, active))
+        counts = {"num_active": _box.number(active), "num_weakly_active": _box.number(weak)}
     stats = Stats(
         num_steps=ledger.num_steps,
         num_fun_evals=ledger.num_fun_evals,
         num_hvps=ledger.num_hvps,
         grad_norm=point.grad_norm,
         reference_grad_norm=ledger.scale.reference(),
+        **counts,
     )
-    state = WarmStart(
-        point.x, point.g, end.memory, ledger.scale.reference(), ledger.scale.curvature
+    reference, curvature = ledger.scale.reference(), ledger.scale.curvature
+    return Outcome(
+        x=point.x,
+        f=point.f,
+        result=ledger.result,
+        stats=stats,
+        state=WarmStart(point.x, point.g, end.memory, reference, curvature),
+        achieved=ledger.achieved,
+        regular=ledger.regular,
+        active=active,
+        weak=weak,
     )
-    return Outcome(point.x, point.f, ledger.result, stats, state, ledger.achieved, ledger.regular)
+
+
+def _errors(end: State, active: Active) -> tuple[Vector, Vector]:
+    """Return what errors to expect of `x` and of `g`, entry by entry.
+
+    The last step shows in which variables the way still led, and the slopes at its ends, `q` times
+    as steep, how much of it may be left: `√q` of it in the energy norm.
+    """
+    x, g, scale = end.point.x, end.point.g, end.ledger.scale
+    pair = _memory.newest(end.memory, x, g)
+    moved = jnp.asarray(end.memory.count) > 0
+    s = _box.masked(active, pair.s)
+    before = _vector.dot(_vector.sub(g, pair.y), s)
+    left = jnp.abs(_vector.dot(g, s)) / _vector.nonzero(jnp.abs(before))
+    left = jnp.clip(jnp.maximum(left, end.ledger.newton.residual), 0, 1)
+    ratio = jnp.where(moved, jnp.sqrt(left), 0)
+    least = rounding(scale.curvature * scale.size)
+    x_error = jax.tree.map(lambda s, x: ratio * jnp.abs(s) + rounding(x), pair.s, x)
+    g_error = jax.tree.map(lambda y: ratio * jnp.abs(y) + least, pair.y)
+    return x_error, g_error

@@ -95,6 +95,11 @@ def moved(memory: optax.ScaleByLBFGSState, x: Vector, g: Vector, pair: Pair):
     )
 
 
+def shifted(memory: optax.ScaleByLBFGSState, by: Vector) -> optax.ScaleByLBFGSState:
+    """Return `memory` at a point moved by so much, with its newest pair kept."""
+    return memory._replace(params=_vector.add_scaled(memory.params, 1, by))
+
+
 def regraded(
     memory: optax.ScaleByLBFGSState, starting: Flag, change: Vector
 ) -> optax.ScaleByLBFGSState:

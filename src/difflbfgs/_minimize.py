@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from difflbfgs import _unrolled
 from difflbfgs._adjoint import AbstractAdjoint, ImplicitAdjoint
+from difflbfgs._bounds import make_bounds
 from difflbfgs._checks import (
     check_callable,
     check_flag,
@@ -38,6 +39,7 @@ def minimize(
     x0: PyTree,
     theta: PyTree = None,
     *,
+    bounds: Any = None,
     solver: LBFGS | Unrolled = LBFGS(),
     adjoint: AbstractAdjoint = ImplicitAdjoint(),
     has_aux: bool = False,
@@ -64,6 +66,10 @@ def minimize(
             all others are passed through. The work is done in one real dtype, to which the leaves
             promote, float32 at least; complex leaves are minimized over real and imaginary part.
         theta: what to differentiate by, any PyTree.
+        bounds: `(lower, upper)`, each `None`, a number for all variables, or a PyTree like `x0` or
+            a prefix of it, in which `None` and infinities are no bounds. The objective is evaluated
+            inside them only; equal bounds fix a variable. The minimizer is differentiable by them,
+            too: active variables move with their bounds.
         solver: `LBFGS(...)`, or `Unrolled(...)`, whose derivative goes through its iterations.
         adjoint: `ImplicitAdjoint(...)`, `ForwardImplicitAdjoint(...)` or `QuasiNewtonAdjoint(...)`.
         has_aux: whether `fun` returns an auxiliary output as well.
@@ -111,6 +117,7 @@ def minimize(
     variables = make_variables(x0, solver.flatten)
     x = variables.to_vector(x0)
     problem = make_problem(fun, theta, variables, x, has_aux)
+    problem = with_bounds(problem, bounds, theta, variables, x0, solver)
     if isinstance(solver, Unrolled):
         _check_state(state, UnrolledState)
         if state is not None:
@@ -158,6 +165,32 @@ def make_task(
     return Task(x, state, solver, adjoint, preconditioner, max_steps, throw, callback)
 
 
+def with_bounds(
+    problem: Problem,
+    bounds: Any,
+    theta: PyTree,
+    variables: Variables,
+    x0: PyTree,
+    solver: LBFGS | Unrolled,
+) -> Problem:
+    """Return the problem with its bounds, if there are any.
+
+    Raises:
+        TypeError: if they are no pair of bounds.
+        ValueError: if they do not fit, or the solver has no way to keep them.
+    """
+    if bounds is None:
+        return problem
+    if isinstance(solver, Unrolled) or solver.linesearch is not None:
+        what = "Unrolled" if isinstance(solver, Unrolled) else f"linesearch={solver.linesearch!r}"
+        raise ValueError(
+            f"bounds are kept by LBFGS with its own line search only, got {what}. Drop it, or "
+            "drop bounds and change variables."
+        )
+    made = make_bounds(bounds, theta, variables, x0)
+    return Problem(problem.program, problem.theta, problem.consts, made)
+
+
 def make_solution(variables: Variables, outcome: Outcome, aux: PyTree = None) -> Solution:
     """Return the outcome in the user's terms."""
     return Solution(
@@ -167,6 +200,7 @@ def make_solution(variables: Variables, outcome: Outcome, aux: PyTree = None) ->
         result=outcome.result,
         stats=outcome.stats,
         state=outcome.state,
+        active=None if outcome.active is None else variables.flags(outcome.active),
     )
 
 

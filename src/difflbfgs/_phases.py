@@ -21,7 +21,7 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | | stuck: no progress, or no descent down the gradient | NEWTON, once; or DONE |
 | NEWTON: `x + d` | contracts, and what is left is small | taken; DONE, `successful` |
 | | does not; the step before did, or `x` is at rounding, and `λ²` is small | DONE, `successful` |
-| | contracts | taken; NEWTON |
+| | contracts, or leads down to another face of the bounds | taken; NEWTON |
 | | does not; `λ²` is rounding of `xᵀHx`, or of `f` and the solve is stuck or long | DONE |
 | | does not; stuck | DONE, `line_search_failed` |
 | | does not, or there is no such step | SEARCH, to a smaller gradient before the next |
@@ -95,8 +95,25 @@ class Here(eqx.Module):
     slope: Scalar
 
 
+class Wall(eqx.Module):
+    """What bounds make of a trial.
+
+    Attributes:
+        promise: `gᵀs`; `t gᵀd` on a straight way.
+        met: a variable met its bound on the way, which has a kink there.
+        changed: so, or other variables are free at the trial than at the point.
+    """
+
+    promise: Scalar
+    met: Flag
+    changed: Flag
+
+
 class Seen(eqx.Module):
-    """What was measured at a trial: of the point, and of the step `s` there with its `y`."""
+    """What was measured at a trial: of the point, and of the step `s` there with its `y`.
+
+    With bounds, in the space of the variables that are free there.
+    """
 
     trial: Trial
     grad_norm: Scalar
@@ -107,6 +124,19 @@ class Seen(eqx.Module):
     curved: Scalar  # sᵀy
     across: Scalar  # xᵀy
     back: Scalar  # (x - x0)ᵀy
+    wall: Wall | None = None
+
+    def promise(self, slope: Scalar) -> Scalar:
+        """Return what the gradient promises of the step, along a direction of this slope."""
+        return self.trial.t * slope if self.wall is None else self.wall.promise
+
+    def kink(self) -> Flag | None:
+        """Return whether there is a kink in the way, or `None` if there are no bounds."""
+        return None if self.wall is None else self.wall.met
+
+    def elsewhere(self) -> Flag:
+        """Return whether the trial is on another face."""
+        return jnp.asarray(False) if self.wall is None else self.wall.changed
 
     def finite(self) -> Flag:
         """Return whether objective and gradient are finite at the trial."""
@@ -267,10 +297,13 @@ class _Searched(eqx.Module):
     @classmethod
     def of(cls, searching, line: Line, here: Here, seen: Seen, trial: Trial, level: Scalar):
         """Judge the trial; a bracket that is at rounding level has no room for another one."""
-        judged = _wolfe.judge(line, here.f, here.slope, trial, level, seen.finite())
+        promise = seen.promise(here.slope)
+        judged = _wolfe.judge(
+            line, here.f, here.slope, trial, level, seen.finite(), promise, seen.kink()
+        )
         gap = jnp.abs(line.high.t - line.low.t) / _vector.nonzero(jnp.abs(trial.t)) * seen.s_norm
         # The objective rose by more than its noise where its slopes promise a decrease of less.
-        hidden = -trial.t * here.slope <= level - here.f
+        hidden = -promise <= level - here.f
         # Or there is a length that does, and slopes at rounding level do not tell a better one.
         tried = (line.low.t > 0) & (line.trials >= _FEW)
         hidden &= (jnp.abs(trial.slope) <= -here.slope) | tried
@@ -319,10 +352,14 @@ class _Polished(eqx.Module):
         level = ledger.least_f + noise
         hidden = decrement <= noise + rounds
         falls = (here.f - trial.f >= 0.25 * decrement) | (hidden & (trial.f <= level + rounds))
-        contracts = polishing & finite & (along <= CONTRACTION * decrement) & falls
+        contracts = (
+            polishing & finite & (along <= CONTRACTION * decrement) & falls & ~seen.elsewhere()
+        )
         # A step below one rounding of x gains nothing.
         tiny = decrement <= rounding(jnp.sqrt(energy)) ** 2
-        lower = (trial.f <= level) & (seen.grad_norm < here.grad_norm)
+        # The gradient on another face says nothing of progress.
+        less = (seen.grad_norm < here.grad_norm) | (seen.elsewhere() & (trial.f < here.f))
+        lower = (trial.f <= level) & less
         kept = polishing & (contracts | (finite & holds)) & lower & ~tiny
         ratio = jnp.maximum(along / _vector.nonzero(decrement), ledger.newton.residual)
         left = decrement * _vector.where(kept & contracts, ratio, 1)
@@ -335,7 +372,8 @@ class _Polished(eqx.Module):
         )
         waited = ledger.asked | (ledger.num_steps >= _LONG)
         flat = tiny | (decrement <= rounds) | (waited & hidden)
-        return cls(decrement, hidden, contracts, kept, enough, left, solved & ~contracts & flat)
+        limit = solved & ~contracts & flat
+        return cls(decrement, hidden, contracts, kept, enough, left, limit)
 
     def is_degenerate(self, energy: Scalar) -> Flag:
         """Return whether a step that does not contract is near a minimum all the same."""
@@ -372,7 +410,7 @@ def decide(
     f, grad_norm = _vector.where(taken, (trial.f, seen.grad_norm), (here.f, here.grad_norm))
 
     more = ~newton.enough | (ledger.polished + 1 < terms.polish)
-    again = newton.kept & newton.contracts & more
+    again = newton.kept & (newton.contracts | seen.elsewhere()) & more
     stuck = (searching & taken & (after.stalled >= _STALLED)) | (search.failed & ledger.fresh)
     zero = (taken | polishing) & (grad_norm == 0)
     least = (taken | polishing) & (grad_norm <= terms.atol)
@@ -459,7 +497,7 @@ def _after(
     later = scale.after(seen.s_norm, curvature, seen.x_norm, seen.travel)
     progress = (trial.f < ledger.least_f - noise) | (seen.grad_norm < 0.5 * ledger.least_grad_norm)
     stalled = _vector.where(progress | polishing, 0, ledger.stalled + 1)
-    steep = seen.curved <= -0.1 * trial.t * here.slope  # g⁺ᵀs is still 0.9 gᵀs
+    steep = seen.curved <= -0.1 * seen.promise(here.slope)  # g⁺ᵀs is still 0.9 gᵀs
     far = (trial.t >= _RUNAWAY_STEP) & (seen.s_norm >= 1)
     runaway = _vector.where(steep & far & ~polishing, ledger.runaway + 1, 0)
     back = jnp.abs(seen.back) / jnp.maximum(seen.travel, 1)

@@ -23,15 +23,23 @@ from difflbfgs._vector import Scalar, Vector
 
 
 class Problem(eqx.Module):
-    """A function `f(x)` and all arrays that it depends on: those in `theta`, and others."""
+    """A function `f(x)` and all arrays that it depends on: those in `theta`, and others.
+
+    Its `bounds` on `x`, if any, may depend on `theta`, too.
+    """
 
     program: Program = eqx.field(static=True)
     theta: list[Array]
     consts: PyTree
+    bounds: Any = None
 
     def at(self, theta: list[Array]) -> "Problem":
         """Return the problem with other values for the inexact leaves of `theta`."""
-        return Problem(self.program, theta, self.consts)
+        return Problem(self.program, theta, self.consts, self.bounds)
+
+    def box(self) -> Any:
+        """Return the bounds as a `Box`, or `None`."""
+        return None if self.bounds is None else self.bounds.box(self.theta)
 
     def objective(self, x: Vector) -> tuple[Scalar, PyTree]:
         """Return `f(x)` and the auxiliary output."""
@@ -130,6 +138,17 @@ class Variables(eqx.Module):
     def outside(self, vector: Vector) -> PyTree:
         """Return `vector` in the user's structure and the user's dtypes."""
         return self._restore(vector, lambda leaf, like: leaf.astype(like.dtype))
+
+    def flags(self, vector: Any) -> PyTree:
+        """Return flags of the entries of a vector, in the user's structure; `None` elsewhere."""
+        templates, structure = jax.tree.flatten(self.template)
+        parts = iter(self._cut(vector, templates) if self.flatten else vector)
+        leaves = []
+        for like in templates:
+            leaves.append(next(parts))
+            if _is_complex(like):
+                next(parts)  # has no bounds
+        return jax.tree.unflatten(structure, leaves)
 
     def _restore(self, vector, cast):
         templates, structure = jax.tree.flatten(self.template)

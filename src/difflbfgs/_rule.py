@@ -20,7 +20,8 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
-from difflbfgs import _krylov, _loop, _memory, _vector
+from difflbfgs import _box, _krylov, _loop, _memory, _vector
+from difflbfgs._box import Face
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import Report, System
 from difflbfgs._operator import SymmetricOperator
@@ -49,13 +50,32 @@ class Task(eqx.Module):
             )
         return outcome.raised() if self.throw else outcome
 
-    def trusts(self, outcome: Outcome) -> Flag:
-        """Return whether the outcome may be differentiated."""
+    def trusts_value(self, outcome: Outcome) -> Flag:
+        """Return whether the objective at the outcome may be differentiated."""
         found = has_converged(outcome.result) & outcome.regular
         return found | self.adjoint.approximate
 
-    def solve_adjoint(self, problem: Problem, outcome: Outcome, v: Vector) -> tuple[Vector, Report]:
-        """Solve `H u = v` at the outcome.
+    def trusts(self, outcome: Outcome) -> Flag:
+        """Return whether the outcome may be differentiated."""
+        return self.trusts_value(outcome) & ~self._is_torn(outcome)
+
+    def _is_torn(self, outcome: Outcome) -> Flag:
+        """Return whether there is a derivative on either side only, and none is to be taken."""
+        if outcome.weak is None or self.adjoint.approximate:
+            return jnp.asarray(False)
+        return outcome.stats.num_weakly_active > 0
+
+    def on_face(self, problem: Problem, outcome: Outcome) -> Any:
+        """Return the problem that is to be differentiated, active variables being held."""
+        if outcome.active is None:
+            return problem
+        x, active, weak = jax.lax.stop_gradient((outcome.x, outcome.active, outcome.weak))
+        if self.adjoint.approximate:
+            active = _box.masked(weak, active)
+        return Face.of(problem, active, x)
+
+    def solve_adjoint(self, problem: Any, outcome: Outcome, v: Vector) -> tuple[Vector, Report]:
+        """Solve `H u = v` at the outcome; of a problem with bounds, on its face.
 
         If the forward or the adjoint solve failed, this raises or multiplies `u` by NaN. (Selecting
         a NaN instead would have a derivative of zero.) A `v` of zero has the solution zero always.
@@ -71,12 +91,12 @@ class Task(eqx.Module):
         with interior():
             return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
 
-    def _solve_adjoint_alone(self, problem: Problem, outcome: Outcome, v: Vector):
+    def _solve_adjoint_alone(self, problem: Any, outcome: Outcome, v: Vector):
         def hvp(p):
             return problem.product(outcome.x, p)
 
         operator = SymmetricOperator.of(self.ridged(hvp), v)
-        u, report = self.solve_system(self.system(operator, outcome), outcome, v)
+        u, report = self.solve_system(self.system(problem, operator, outcome), outcome, v)
         spoilt = (report.result != RESULTS.successful) | ~self.trusts(outcome)
         factor = jnp.where(spoilt & ~_vector.is_zero(v), jnp.nan, 1)
         return _vector.scale(factor, u), report
@@ -85,9 +105,11 @@ class Task(eqx.Module):
         """Return the Hessian-vector product with the ridge that the adjoint adds."""
         return lambda p: _vector.add_scaled(hvp(p), self.adjoint.ridge, p)
 
-    def system(self, operator: SymmetricOperator, outcome: Outcome) -> System:
+    def system(self, problem: Any, operator: SymmetricOperator, outcome: Outcome) -> System:
         """Return `H u = v`, preconditioned and ready to be solved."""
         apply = self._preconditioner(outcome)
+        if apply is not None and isinstance(problem, Face):
+            apply = problem.restricted(apply)
         preconditioner = None if apply is None else SymmetricOperator.of(apply, outcome.x)
         grad_norm = jax.lax.stop_gradient(outcome.stats.grad_norm)
         slack = _krylov.slack(jax.lax.stop_gradient(outcome.x), grad_norm)
@@ -101,6 +123,7 @@ class Task(eqx.Module):
         u, report = self.adjoint.solve(system, v, achieved, start)
         refused = ~regular & ~jnp.asarray(self.adjoint.approximate)
         result = RESULTS.where(refused, RESULTS.adjoint_not_converged, report.result)
+        result = RESULTS.where(self._is_torn(outcome), RESULTS.weakly_active, result)
         report = eqx.tree_at(lambda report: report.result, report, result)
         if self.throw:
             failed = (report.result != RESULTS.successful) & ~_vector.is_zero(v)
@@ -129,11 +152,13 @@ def _forward_jvp(static, primals, tangents):
     outcome = forward(static, params, arrays)
     task, problem = merge(static, params, arrays)
 
+    face = task.on_face(problem, outcome)
+
     def gradient(params):
-        return eqx.combine(params, problem).gradient(outcome.x)
+        return _with_params(face, params, problem).gradient(outcome.x)
 
     _, b = jax.jvp(gradient, (params,), (tangents[0],))
-    u, _ = task.solve_adjoint(problem, outcome, b)
+    u, _ = task.solve_adjoint(face, outcome, b)
     tangent = jax.tree.map(zero_tangent, outcome)
     return outcome, eqx.tree_at(lambda o: o.x, tangent, jax.tree.map(jnp.negative, u))
 
@@ -154,8 +179,9 @@ def _reverse_bwd(static, residuals, cotangent):
     if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(cotangent.x)):
         return None, None  # the minimizer was not used: no adjoint to solve
     task, problem = merge(static, params, arrays)
-    u, _ = task.solve_adjoint(problem, outcome, cotangent.x)
-    _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).gradient(outcome.x), params)
+    face = task.on_face(problem, outcome)
+    u, _ = task.solve_adjoint(face, outcome, cotangent.x)
+    _, pullback = jax.vjp(lambda p: _with_params(face, p, problem).gradient(outcome.x), params)
     (bar,) = pullback(jax.tree.map(jnp.negative, u))
     return _masked(bar, cotangent.x, task.trusts(outcome)), None
 
@@ -177,12 +203,14 @@ def _forward_objective_jvp(static, primals, tangents):
     params, arrays, outcome = primals
     task, problem = merge(static, params, arrays)
 
+    face = task.on_face(problem, outcome)
+
     def value(params):
-        return eqx.combine(params, problem).value(outcome.x)
+        return _with_params(face, params, problem).value(outcome.x)
 
     _, tangent = jax.jvp(value, (params,), (tangents[0],))
     f = forward_objective(static, params, arrays, outcome)
-    return f, spoil(tangent, task.trusts(outcome))
+    return f, spoil(tangent, task.trusts_value(outcome))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -198,13 +226,20 @@ def _reverse_objective_fwd(static, params, arrays, outcome):
 def _reverse_objective_bwd(static, residuals, cotangent):
     params, arrays, outcome = residuals
     task, problem = merge(static, params, arrays)
-    trusted = task.trusts(outcome)
-    _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).value(outcome.x), params)
+    trusted = task.trusts_value(outcome)
+    face = task.on_face(problem, outcome)
+    _, pullback = jax.vjp(lambda p: _with_params(face, p, problem).value(outcome.x), params)
     (bar,) = pullback(spoil(cotangent, trusted))
     return _masked(bar, cotangent, trusted), None, None
 
 
 reverse_objective.defvjp(_reverse_objective_fwd, _reverse_objective_bwd)
+
+
+def _with_params(face: Any, params: PyTree, problem: Problem) -> Any:
+    """Return the face, or the problem itself, with what the rule differentiates by."""
+    problem = eqx.combine(params, problem)
+    return face.of_problem(problem) if isinstance(face, Face) else problem
 
 
 def spoil(t: PyTree, trusted: Flag) -> PyTree:

@@ -1,5 +1,6 @@
 """What a solve returns, and every way in which it can end."""
 
+import dataclasses
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -27,7 +28,8 @@ class RESULTS(_OptimistixResults):
     )
     nonfinite_start = (
         "The objective or its gradient is NaN or infinite at the starting point. Check `x0` and "
-        "the data for NaN, and start inside the objective's domain."
+        "the data for NaN, start inside the objective's domain, and look for bounds that are "
+        "crossed or NaN."
     )
     unbounded = (
         "The objective falls without limit, so there is no minimizer. Check its sign, add a "
@@ -43,6 +45,12 @@ class RESULTS(_OptimistixResults):
         "The objective still falls along a direction without curvature, towards an infimum at "
         "infinity, as a likelihood does on separable data: there is no minimizer. Add a "
         "regulariser."
+    )
+    weakly_active = (
+        "A variable is at its bound, or within the solve's error of it, with a multiplier within "
+        "error of zero: the minimizer has one derivative on either side, and none there. Move the "
+        "bound or `theta` a little, solve to a smaller `rtol`, or take the derivative of the free "
+        "variable with `approximate=True`."
     )
     adjoint_not_converged = (
         "The adjoint system H u = v was not solved: its true residual is above tolerance. H may "
@@ -74,8 +82,10 @@ class Stats(eqx.Module):
         num_steps: steps taken and searches that failed, Newton steps included.
         num_fun_evals: evaluations of the objective together with its gradient.
         num_hvps: Hessian-vector products.
-        grad_norm: 2-norm of the gradient at the returned point.
+        grad_norm: 2-norm of the gradient at the returned point, with bounds of its free part.
         reference_grad_norm: a gradient norm typical of the problem, see `LBFGS`.
+        num_active: variables at their bounds; 0 without any.
+        num_weakly_active: variables that may as well be at their bounds as not.
     """
 
     num_steps: Int[Array, "*batch"]
@@ -83,6 +93,8 @@ class Stats(eqx.Module):
     num_hvps: Int[Array, "*batch"]
     grad_norm: Float[Array, "*batch"]
     reference_grad_norm: Float[Array, "*batch"]
+    num_active: Int[Array, "*batch"] = eqx.field(default_factory=lambda: count(0))
+    num_weakly_active: Int[Array, "*batch"] = eqx.field(default_factory=lambda: count(0))
 
     def __repr__(self) -> str:
         return eqx.tree_pformat(self, short_arrays=False)
@@ -98,6 +110,8 @@ class Outcome(eqx.Module):
         state: what the next one takes.
         achieved: the relative error that is left, as far as the solve can tell.
         regular: whether a minimum that can be differentiated was found, if any.
+        active: which variables are at their bounds, as -1, 0 and 1; `None` without bounds.
+        weak: which may as well be as not.
     """
 
     x: PyTree[Float[Array, "..."]]
@@ -107,6 +121,8 @@ class Outcome(eqx.Module):
     state: Any
     achieved: Float[Array, ""]
     regular: Bool[Array, ""]
+    active: Any = None
+    weak: Any = None
 
     def raised(self) -> "Outcome":
         """Return the outcome, whose use raises unless the solve converged.
@@ -116,7 +132,8 @@ class Outcome(eqx.Module):
         guarded = self.x, self.f, self.result, self.stats
         x, f, result, stats = raised(guarded, ~has_converged(self.result), self.result)
         state = eqx.tree_at(lambda state: state.x, self.state, x)
-        return Outcome(x, f, result, stats, state, self.achieved, self.regular)
+        changed = {"x": x, "f": f, "result": result, "stats": stats, "state": state}
+        return dataclasses.replace(self, **changed)
 
 
 class Solution(eqx.Module):
@@ -129,6 +146,9 @@ class Solution(eqx.Module):
         result: how the solve ended, a member of `difflbfgs.RESULTS`.
         stats: a `difflbfgs.Stats`.
         state: hand it to the next `minimize` as `state=` for a warm start.
+        active: with bounds, -1 for a variable at its lower bound, 1 at its upper and 0 for a free
+            one, as int8 in the shapes of the variables, and `None` for other leaves; between equal
+            bounds the sign of the multiplier tells.
     """
 
     value: PyTree
@@ -137,6 +157,7 @@ class Solution(eqx.Module):
     result: Any
     stats: Stats
     state: PyTree
+    active: PyTree = None
 
     @property
     def converged(self) -> Bool[Array, "*batch"]:

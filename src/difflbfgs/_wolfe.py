@@ -80,14 +80,29 @@ def begin(f: Scalar, slope: Scalar, t: Scalar) -> Line:
 
 
 def judge(
-    line: Line, f: Scalar, slope: Scalar, trial: Trial, level: Scalar, finite: Flag
+    line: Line,
+    f: Scalar,
+    slope: Scalar,
+    trial: Trial,
+    level: Scalar,
+    finite: Flag,
+    promise: Scalar,
+    kink: Flag | None = None,
 ) -> Judgement:
-    """Judge a trial of a search from `f` with this slope; `level` is `f` and its noise."""
-    armijo = trial.f <= f + DECREASE * trial.t * slope
+    """Judge a trial of a search from `f` with this slope; `level` is `f` and its noise.
+
+    `promise` is what the gradient promises of the step, `t · slope` on a straight way. With a
+    `kink` in the way its slopes may jump from fall to rise: the weak Wolfe conditions have to do.
+    """
+    armijo = trial.f <= f + DECREASE * promise
     even = jnp.abs(trial.f - f) <= level - f
     hidden = even & (trial.slope <= (2 * DECREASE - 1) * slope)
     falls = finite & (armijo | hidden) & (trial.t > 0)
-    holds = falls & (jnp.abs(trial.slope) <= -CURVATURE * slope)
+    level_out = jnp.abs(trial.slope) <= -CURVATURE * slope
+    if kink is not None:
+        falls &= ~kink | (promise < 0)
+        level_out |= kink & (trial.slope >= CURVATURE * slope)
+    holds = falls & level_out
     noise = level - f
     return Judgement(falls, holds, falls & ~(line.bracketed & (trial.f > line.low.f + noise)))
 

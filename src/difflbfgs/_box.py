@@ -1,0 +1,174 @@
+"""Bounds on the variables: which are active, and the problem on the face that these leave.
+
+At a minimizer in the box `lower <= x <= upper` a variable is active, at a bound with the gradient
+`g` pointing out of the box, or free, and there `g` is zero. The component of `g` at an active
+variable is its multiplier. With the active variables `A` at their bounds `b` and the free ones `F`,
+the minimizer is that of
+
+    φ(x, θ, b) = f(b_A, x_F, θ) + κ/2 ‖x_A - b_A‖²
+
+without bounds, and so the implicit function theorem, said of `φ`, holds for it: where no multiplier
+is zero, the same variables stay active nearby (A. V. Fiacco, Introduction to Sensitivity and
+Stability Analysis in Nonlinear Programming, 1983, section 3.2). The Hessian of `φ` is `H_FF` beside
+`κ I`, with a curvature `κ` of the face, so that the two parts have one unit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int8, PyTree
+
+from difflbfgs import _vector
+from difflbfgs._vector import Count, Flag, Scalar, Vector
+
+Active = PyTree[Int8[Array, "..."]]
+
+
+class Box(eqx.Module):
+    """`lower <= x <= upper`, infinite where there is no bound."""
+
+    lower: Vector
+    upper: Vector
+
+    def project(self, x: Vector) -> Vector:
+        """Return the point of the box that is nearest to `x`."""
+        return jax.tree.map(jnp.clip, x, self.lower, self.upper)
+
+    def active(self, x: Vector, g: Vector) -> Active:
+        """Return -1 and 1 where `x` is at its lower and its upper bound, and 0 where it is free.
+
+        Between equal bounds the sign of the multiplier tells.
+        """
+
+        def sign(x, g, lower, upper):
+            fixed = lower == upper
+            low = ((x <= lower) & (g > 0)) | (fixed & (g >= 0))
+            high = ((x >= upper) & (g < 0)) | (fixed & (g < 0))
+            return high.astype(jnp.int8) - low.astype(jnp.int8)
+
+        return jax.tree.map(sign, x, g, self.lower, self.upper)
+
+    def weakly_active(
+        self, x: Vector, g: Vector, active: Active, x_error: Vector, g_error: Vector
+    ) -> PyTree:
+        """Return which variables may as well be active as free, given the errors of `x` and `g`."""
+
+        def weak(x, g, active, x_error, g_error, lower, upper):
+            near = jnp.minimum(x - lower, upper - x) <= x_error
+            undecided = jnp.where(active == 0, near, jnp.abs(g) <= g_error)
+            return undecided & (lower < upper)
+
+        return jax.tree.map(weak, x, g, active, x_error, g_error, self.lower, self.upper)
+
+    def is_empty(self) -> Flag:
+        """Return whether some bounds are crossed, or not a number."""
+        return ~jnp.stack(
+            [
+                jnp.all(lower <= upper)
+                for lower, upper in zip(
+                    jax.tree.leaves(self.lower), jax.tree.leaves(self.upper), strict=True
+                )
+            ]
+        ).all()
+
+
+def masked(active: Active, x: Vector) -> Vector:
+    """Return `x` with zeros at the active variables."""
+    return jax.tree.map(lambda a, leaf: jnp.where(a == 0, leaf, 0), active, x)
+
+
+def differ(a: PyTree, b: PyTree) -> Flag:
+    """Return whether any entry differs."""
+    return jnp.stack(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.any(a != b), a, b))).any()
+
+
+def number(flags: PyTree) -> Count:
+    """Return how many entries are not zero."""
+    return jnp.asarray(sum(jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in jax.tree.leaves(flags)))
+
+
+class Face(eqx.Module):
+    """A problem with its active variables held at their bounds: `φ`, in a `Problem`'s place."""
+
+    problem: Any
+    active: Active
+    curvature: Scalar
+
+    @classmethod
+    def of(cls, problem: Any, active: Active, x: Vector) -> "Face":
+        """Return the face of `problem` at `x`; `κ` is a Rayleigh quotient of its Hessian."""
+        face = cls(problem, active, jnp.ones((), _vector.dtype(x)))
+        along = masked(active, jax.tree.map(_signs, x))
+        square = _vector.dot(along, along)
+        bent = _vector.dot(along, face.product(x, along)) / _vector.nonzero(square)
+        kappa = _vector.nonzero(jnp.where(jnp.isfinite(bent), jnp.abs(bent), 1))
+        return cls(problem, active, jax.lax.stop_gradient(kappa))
+
+    @property
+    def theta(self) -> list[Array]:
+        """The leaves that one can differentiate by."""
+        return self.problem.theta
+
+    def at(self, theta: list[Array]) -> "Face":
+        """Return the face with other values for the inexact leaves of `theta`."""
+        return self.of_problem(self.problem.at(theta))
+
+    def of_problem(self, problem: Any) -> "Face":
+        """Return the same face of another problem."""
+        return Face(problem, self.active, self.curvature)
+
+    def value(self, x: Vector) -> Scalar:
+        """Return `φ(x)`."""
+        off = jax.tree.map(
+            lambda a, x, bound: jnp.where(a == 0, 0, x - bound), self.active, x, self._bounds()
+        )
+        return self.problem.value(self._placed(x)) + self.curvature / 2 * _vector.dot(off, off)
+
+    def gradient(self, x: Vector) -> Vector:
+        """Return the gradient of `φ` at `x`."""
+        return jax.grad(self.value)(x)
+
+    def product(self, x: Vector, p: Vector) -> Vector:
+        """Return the Hessian-vector product of `φ`."""
+        hp = self.problem.product(self._placed(x), masked(self.active, p))
+
+        def part(active, hp, p):
+            return jnp.where(active == 0, hp, self.curvature * p)
+
+        return jax.tree.map(part, self.active, hp, p)
+
+    def restricted(self, inverse: Callable[[Vector], Vector]) -> Callable[[Vector], Vector]:
+        """Return an approximate inverse of `H`, cut to the face, with `1/κ` beside it."""
+
+        def apply(v):
+            free = inverse(masked(self.active, v))
+            return jax.tree.map(
+                lambda a, u, v: jnp.where(a == 0, u, v / self.curvature), self.active, free, v
+            )
+
+        return apply
+
+    def _bounds(self) -> Vector:
+        """Return the bounds that are active, and zero elsewhere."""
+        box = self.problem.box()
+
+        def bound(active, lower, upper):
+            return jnp.where(active < 0, lower, jnp.where(active > 0, upper, 0))
+
+        return jax.tree.map(bound, self.active, box.lower, box.upper)
+
+    def _placed(self, x: Vector) -> Vector:
+        """Return `x` with the active variables at their bounds, and the free ones in the box."""
+        away = jax.tree.map(jnp.subtract, jax.lax.stop_gradient(self.problem.box().project(x)), x)
+        inside = jax.tree.map(lambda x, a: x + jax.lax.stop_gradient(a), x, away)
+        return jax.tree.map(
+            lambda a, bound, x: jnp.where(a == 0, x, bound), self.active, self._bounds(), inside
+        )
+
+
+def _signs(leaf: Array) -> Array:
+    signs = 1 - 2 * (jax.lax.population_count(jax.lax.iota(jnp.uint32, leaf.size)) % 2)
+    return signs.astype(leaf.dtype).reshape(leaf.shape)
