@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 
 import more_garbow_hillstrom
@@ -31,6 +32,19 @@ CUTEST = """
 """.split()
 
 
+# Those with bounds and up to 1300 variables, degenerate ones among them; and quadratic programs.
+BOUNDED = """
+    AIRCRFTB BIGGS3 BIGGS5 BOX2 BRANIN CAMEL6 DEVGLA1B DEVGLA2B DGOSPEC DIAGIQB DIAGIQE DIAGIQT
+    DIAGNQB DIAGNQE DIAGNQT DIAGPQB DIAGPQE DIAGPQT EGGCRATEB ELATVIDUB EXP2B EXPLIN EXPLIN2
+    FBRAINLS HADAMALS HART6 HATFLDA HATFLDB HATFLDC HS1 HS110 HS2 HS25 HS3 HS38 HS3MOD HS4 HS45 HS5
+    JUDGEB KOEBHELB LEVYMONT LEVYMONT5 LEVYMONT6 LEVYMONT7 LEVYMONT8 LEVYMONT9 LEVYMONT10 LOGROS
+    PALMER1 PALMER1A PALMER2 PALMER2A PALMER2B PALMER2E PALMER3 PALMER3A PALMER3B PALMER3E PALMER4
+    PALMER4B PALMER4E PALMER5B PALMER6A PALMER6E PALMER7E PALMER8A PALMER8E PFIT1LS PFIT2LS PFIT3LS
+    PFIT4LS PRICE4B QINGB QUDLIN S368 TRIGON1B
+""".split()
+BOUNDED_QUADRATIC = ("BQP1VAR", "BQPGABIM", "BQPGASIM")
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """A function of one vector, and where to start."""
@@ -39,6 +53,37 @@ class Objective:
     family: str
     fun: Callable[[jax.Array], jax.Array]
     x0: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+    """A function of one vector between bounds, and where to start."""
+
+    name: str
+    fun: Callable[[jax.Array], jax.Array]
+    x0: jax.Array
+    lower: jax.Array
+    upper: jax.Array
+
+
+def bounded(dtype: Any, names: tuple[str, ...] = ()) -> Iterator[Bounded]:
+    """Yield the problems with bounds in this dtype; all, or those named."""
+    for name in names or (*BOUNDED, *BOUNDED_QUADRATIC):
+        folder = "_quadratic_problems" if name in BOUNDED_QUADRATIC else "_bounded_minimisation"
+        problem = _cutest_problem(folder, name)
+        args = jax.tree.map(lambda leaf: _cast(leaf, dtype), problem.args)
+        x0, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), problem.y0))
+
+        def fun(x, problem=problem, args=args, unravel=unravel):
+            return problem.objective(unravel(x), args)
+
+        def vector(side, x0=problem.y0):
+            full = jax.tree.map(lambda b, leaf: jnp.broadcast_to(b, jnp.shape(leaf)), side, x0)
+            return ravel_pytree(full)[0].astype(dtype)
+
+        lower, upper = map(vector, problem.bounds)
+        start = jnp.clip(x0, lower, upper)
+        yield Bounded(name, _returning(dtype, fun), start, lower, upper)
 
 
 def objectives(dtype: Any, families: tuple[str, ...] = ()) -> Iterator[Objective]:
@@ -60,15 +105,19 @@ def _more_garbow_hillstrom(dtype):
 
 def _cutest(dtype):
     for name in CUTEST:
-        module = importlib.import_module(f"{_cutest_package()}.{name.lower()}")
-        problem = getattr(module, name)()
+        problem = _cutest_problem("_unconstrained_minimisation", name)
         args = jax.tree.map(lambda leaf: _cast(leaf, dtype), problem.args)
         yield name, functools.partial(problem.objective, args=args), problem.y0
 
 
+def _cutest_problem(folder, name):
+    module = importlib.import_module(f"{_cutest_package(folder)}.{name.lower()}")
+    return getattr(module, name)()
+
+
 @functools.cache
-def _cutest_package():
-    """Return the package of CUTEst's unconstrained problems.
+def _cutest_package(folder):
+    """Return the package of a kind of CUTEst's problems.
 
     Importing `sif2jax` as a whole builds every problem, for a minute and a half. So its packages
     are entered without running what they would import.
@@ -76,11 +125,11 @@ def _cutest_package():
     spec = importlib.util.find_spec("sif2jax")
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError("CUTEst's problems come with the package sif2jax. Install it.")
-    folder, parts = spec.submodule_search_locations[0], ("cutest", "_unconstrained_minimisation")
+    root, parts = spec.submodule_search_locations[0], ("cutest", folder)
     for depth in range(len(parts) + 1):
         package = types.ModuleType(".".join((spec.name, *parts[:depth])))
-        package.__path__ = ["/".join((folder, *parts[:depth]))]
-        sys.modules[package.__name__] = package
+        package.__path__ = ["/".join((root, *parts[:depth]))]
+        sys.modules.setdefault(package.__name__, package)
     return ".".join((spec.name, *parts))
 
 

@@ -75,9 +75,9 @@ class Box(eqx.Module):
         ).all()
 
 
-def masked(active: Active, x: Vector) -> Vector:
-    """Return `x` with zeros at the active variables."""
-    return jax.tree.map(lambda a, leaf: jnp.where(a == 0, leaf, 0), active, x)
+def masked(flags: PyTree, x: Any) -> Any:
+    """Return `x` with zeros at the flagged entries, such as the active variables."""
+    return jax.tree.map(lambda flag, leaf: jnp.where(flag == 0, leaf, 0), flags, x)
 
 
 def differ(a: PyTree, b: PyTree) -> Flag:

@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from difflbfgs._vector import Flag, Scalar, nonzero, where
 
@@ -74,8 +75,8 @@ def _short(dtype: Any) -> float:
     return _SHORT * float(jnp.finfo(dtype).eps) ** 0.25
 
 
-def rounding(value: Scalar) -> Scalar:
-    """Return the rounding error of a quantity of this size."""
+def rounding(value: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return the rounding error of quantities of this size."""
     return _ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
 

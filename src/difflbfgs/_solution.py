@@ -33,7 +33,7 @@ class RESULTS(_OptimistixResults):
     )
     unbounded = (
         "The objective falls without limit, so there is no minimizer. Check its sign, add a "
-        "regulariser, or bound the variables by a change of variables."
+        "regulariser, or pass `bounds`."
     )
     line_search_failed = (
         "No acceptable step was found, not even along the steepest descent, and the gradient is "

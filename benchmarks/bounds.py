@@ -1,0 +1,266 @@
+"""How dependable are bounds? Three L-BFGS codes on CUTEst's problems, and derivatives through them.
+
+    pip install -e ".[benchmarks]"
+    python benchmarks/bounds.py [--quick] [--results file.json] [--output profile.png]
+
+Every code is asked for a projected gradient of 2-norm `1e-6 max(1, ‖that at x0‖)^½`, within 3000
+evaluations: the gradient without the components that point out of the box at a bound. SciPy's
+L-BFGS-B is stopped when it gets there. The table counts problems solved; evaluations, for
+difflbfgs with Hessian products among them, as the median ratio to SciPy's over what both solved;
+false successes; and evaluations outside the box.
+
+Then the minimizer of `f(x) + Σ s θ x`, with `s` a slope of the objective, is differentiated at a
+random `θ` in a random direction, along random weights, and compared with differences of exact
+re-solves at two step lengths, which must agree. A derivative is silently wrong if the code says
+that it converged and the error is above 1e-3.
+"""
+
+import concurrent.futures
+import functools
+import multiprocessing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxopt
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.optimize
+
+import difflbfgs as dl
+import harness
+import objectives
+
+MAX_EVALUATIONS = 3000
+TAU = 1e-6
+QUICK = ("BIGGS5", "HART6", "HATFLDB", "HS2", "HS45", "DEVGLA2B")
+WRONG = 1e-3
+
+
+def projected(x: Any, g: jax.Array, problem: objectives.Bounded) -> float:
+    """Return the norm of the gradient that the bounds leave."""
+    out = ((x <= problem.lower) & (g > 0)) | ((x >= problem.upper) & (g < 0))
+    out |= problem.lower == problem.upper
+    return float(jnp.linalg.norm(jnp.where(out, 0, g)))
+
+
+def difflbfgs(problem, tolerance, polish: int = 1) -> dict:
+    """Run `difflbfgs.minimize`, and count evaluations outside."""
+    outside = []
+
+    def fun(x, _):
+        wrong = jnp.any((x < problem.lower) | (x > problem.upper))
+        jax.lax.cond(wrong, lambda: jax.debug.callback(lambda: outside.append(1)), lambda: None)
+        return problem.fun(x)
+
+    solution = dl.minimize(
+        fun,
+        problem.x0,
+        bounds=(problem.lower, problem.upper),
+        solver=dl.LBFGS(rtol=0.0, atol=tolerance, polish=polish),
+        max_steps=MAX_EVALUATIONS,
+        throw=False,
+    )
+    jax.effects_barrier()
+    return {
+        "x": solution.value,
+        "claim": bool(solution.result == dl.RESULTS.successful),
+        "evaluations": int(solution.stats.num_fun_evals + solution.stats.num_hvps),
+        "outside": len(outside),
+    }
+
+
+def scipy_lbfgsb(problem, tolerance) -> dict:
+    """Run SciPy's L-BFGS-B until the projected gradient passes."""
+    value_and_grad = jax.jit(jax.value_and_grad(problem.fun))
+    norms = {}
+
+    def evaluate(x):
+        f, g = value_and_grad(jnp.asarray(x))
+        norms[float(f)] = projected(x, g, problem)
+        return float(f), np.asarray(g)
+
+    def watch(intermediate_result):
+        if norms.get(float(intermediate_result.fun), np.inf) <= tolerance:
+            raise StopIteration
+
+    found = scipy.optimize.minimize(
+        evaluate,
+        np.asarray(problem.x0),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=list(zip(np.asarray(problem.lower), np.asarray(problem.upper), strict=True)),
+        callback=watch,
+        options={"maxiter": MAX_EVALUATIONS, "maxfun": MAX_EVALUATIONS, "ftol": 0, "gtol": 0},
+    )
+    return {"x": found.x, "claim": False, "evaluations": found.nfev, "outside": 0}
+
+
+def jaxopt_lbfgsb(problem, tolerance) -> dict:
+    """Run `jaxopt.LBFGSB`, whose own test is on the step of the projected gradient."""
+    solver = jaxopt.LBFGSB(problem.fun, tol=tolerance, maxiter=MAX_EVALUATIONS)
+    x, state = jax.jit(solver.run)(problem.x0, (problem.lower, problem.upper))
+    claim, count = float(state.error) <= tolerance, int(state.num_fun_eval)
+    return {"x": x, "claim": claim, "evaluations": count, "outside": 0}
+
+
+SOLVERS = {
+    "difflbfgs": difflbfgs,
+    "no polish": functools.partial(difflbfgs, polish=0),
+    "SciPy": scipy_lbfgsb,
+    "JAXopt": jaxopt_lbfgsb,
+}
+OURS = ("difflbfgs", "no polish")
+
+
+def measure(name: str) -> dict:
+    """Run all solvers on a problem, and differentiate."""
+    jax.config.update("jax_enable_x64", True)
+    (problem,) = objectives.bounded(jnp.float64, (name,))
+    gradient = jax.jit(jax.grad(problem.fun))
+    start = projected(problem.x0, gradient(problem.x0), problem)
+    tolerance = TAU * max(1.0, start if np.isfinite(start) else 1.0) ** 0.5
+    row = {"problem": name, "n": problem.x0.size, "tolerance": tolerance}
+    for solver, solve in SOLVERS.items():
+        found = solve(problem, tolerance)
+        x = jnp.clip(jnp.asarray(found.pop("x")), problem.lower, problem.upper)
+        norm = projected(x, gradient(x), problem)
+        small = norm <= 1.01 * tolerance
+        found["solved"] = bool(small and found["evaluations"] <= MAX_EVALUATIONS)
+        found["false"] = bool(found["claim"] and not small)
+        row[solver] = {**found, "grad_norm": norm}
+    row["derivative"] = differentiated(problem)
+    print(line(row), flush=True)
+    return row
+
+
+def differentiated(problem) -> dict | None:
+    """Return the errors of a directional derivative, or `None` where there is no truth."""
+    rng = np.random.default_rng(len(problem.name) + problem.x0.size)
+    n = problem.x0.size
+    slope = float(jnp.median(jnp.abs(jax.grad(problem.fun)(problem.x0)))) or 1.0
+    theta, along, weights = (jnp.asarray(v) for v in rng.normal(size=(3, n)))
+    theta = 1e-2 * theta
+
+    def inner(x, theta):
+        return problem.fun(x) + slope * jnp.vdot(theta, x)
+
+    bounds = problem.lower, problem.upper
+
+    def ours(t):
+        x = dl.minimize(inner, problem.x0, theta + t * along, bounds=bounds, throw=False).value
+        return jnp.vdot(weights, x)
+
+    def jaxopts(t):
+        solver = jaxopt.LBFGSB(inner, maxiter=1000)
+        return jnp.vdot(weights, solver.run(problem.x0, bounds, theta + t * along).params)
+
+    exact = dl.minimize(inner, problem.x0, theta, bounds=bounds, throw=False)
+    if not exact.converged:
+        return None
+
+    @jax.jit
+    def resolved(t):
+        solver = dl.LBFGS(rtol=1e-12, polish=3)
+        solution = dl.minimize(
+            inner, exact.value, theta + t * along, bounds=bounds, solver=solver, throw=False
+        )
+        return jnp.vdot(weights, solution.value), solution.converged
+
+    differences = []
+    for step in (1e-5, 5e-6):
+        (after, one), (before, other) = resolved(step), resolved(-step)
+        if not (one and other):
+            return None
+        differences.append(float(after - before) / (2 * step))
+    truth = differences[1]
+    if not abs(differences[0] - truth) <= 1e-5 * abs(truth) + 1e-9:
+        return None
+    size = max(abs(truth), 1e-9)
+    errors = {"difflbfgs": abs(float(jax.grad(ours)(0.0)) - truth) / size}
+    errors["JAXopt"] = abs(float(jax.grad(jaxopts)(0.0)) - truth) / size
+    return errors
+
+
+def line(row) -> str:
+    """Return a problem's results in a line."""
+    cells = []
+    for name in SOLVERS:
+        got = row[name]
+        mark = " " if got["solved"] else "f" if got["false"] else "-"
+        cells.append(f"{got['evaluations']:6d}{mark}")
+    errors = row["derivative"]
+    shown = "" if errors is None else "  ".join(f"{e:8.0e}" for e in errors.values())
+    return f"{row['problem']:12s} {row['n']:5d} {' '.join(cells)}   {shown}"
+
+
+def table(rows) -> str:
+    """Return the summary."""
+    lines = [
+        "| | solved | evaluations over SciPy's | false successes | outside |",
+        "|---" * 5 + "|",
+    ]
+    for name in SOLVERS:
+        both = [r for r in rows if r[name]["solved"] and r["SciPy"]["solved"]]
+        ratio = np.median([r[name]["evaluations"] / r["SciPy"]["evaluations"] for r in both])
+        solved, false, outside = (
+            sum(r[name][key] for r in rows) for key in ("solved", "false", "outside")
+        )
+        lines.append(f"| {name} | {solved} of {len(rows)} | {ratio:.2f} | {false} | {outside} |")
+    known = [r["derivative"] for r in rows if r["derivative"] is not None]
+    lines += ["", "| derivatives | right | refused | silently wrong |", "|---" * 4 + "|"]
+    for name in ("difflbfgs", "JAXopt"):
+        errors = np.array([errors[name] for errors in known])
+        refused, wrong = np.isnan(errors).sum(), (errors > WRONG).sum()
+        right = len(known) - refused - wrong
+        lines.append(f"| {name} | {right} of {len(known)} | {refused} | {wrong} |")
+    return "\n".join(lines)
+
+
+def draw(rows, path) -> None:
+    """Save the performance profile."""
+    figure, panel = plt.subplots(figsize=(6, 4))
+    costs = np.array(
+        [[r[n]["evaluations"] if r[n]["solved"] else np.inf for n in SOLVERS] for r in rows]
+    )
+    best = costs.min(axis=1, keepdims=True)
+    ratios = np.where(np.isfinite(costs), costs / np.where(np.isfinite(best), best, 1), np.inf)
+    grid = np.logspace(0, 1, 200)
+    for name, column in zip(SOLVERS, ratios.T, strict=True):
+        share = [(column <= r).mean() for r in grid]
+        panel.step(grid, share, label=name, where="post", lw=2.5 if name in OURS else 1)
+    panel.set(xscale="log", xlabel="evaluations / the best solver's", ylim=(0, 1))
+    panel.set_ylabel("share of bounded problems solved")
+    panel.grid(alpha=0.3)
+    panel.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    """Measure, print the tables, save numbers and picture, assert the claims."""
+    options = harness.options(__doc__)
+    names = QUICK if options.quick else (*objectives.BOUNDED, *objectives.BOUNDED_QUADRATIC)
+    print(f"{'':18s}" + " ".join(f"{name:>9s}" for name in SOLVERS))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, context, max_tasks_per_child=10) as pool:
+        rows = list(pool.map(measure, names))
+    harness.record(options.results, rows, options.quick)
+    print(f"\n{table(rows)}")
+    check(rows)
+    if options.output:
+        draw(rows, options.output)
+
+
+def check(rows) -> None:
+    """Assert that no success is false, nothing is evaluated outside, no derivative is wrong."""
+    for row in rows:
+        for name in OURS:
+            assert not row[name]["false"], row
+            assert not row[name]["outside"], row
+        errors = row["derivative"]
+        assert errors is None or not errors["difflbfgs"] > WRONG, row
+
+
+if __name__ == "__main__":
+    main()
