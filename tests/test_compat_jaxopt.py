@@ -291,6 +291,17 @@ def test_value_and_aux_are_differentiated_and_the_start_is_not():
     assert not jnp.any(by_start)
 
 
+def test_aux_may_be_anything():
+    solver = LBFGS(lambda w: (jnp.sum((w - 1) ** 2), {"w": w, "name": "loss"}), has_aux=True)
+    state = solver.init_state(W0)
+    assert state.aux["name"] == "loss"
+    np.testing.assert_array_equal(state.aux["w"], W0)
+    w, state = solver.update(W0, state)
+    np.testing.assert_array_equal(state.aux["w"], w)
+    w, state = solver.run(W0)
+    np.testing.assert_array_equal(state.aux["w"], w)
+
+
 @pytest.mark.parametrize("as_function", [False, True])
 def test_a_gradient_of_the_users_own(as_function):
     fun, given = (ridge, ridge_with_gradient) if as_function else (ridge_with_gradient, True)

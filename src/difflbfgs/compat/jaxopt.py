@@ -326,7 +326,7 @@ def _trips(
 
 def _value_and_aux(problem: Problem, outcome: Outcome, has_aux: bool) -> tuple[Any, PyTree]:
     """Return the objective in the user's dtype, and its auxiliary output."""
-    dtype = jax.eval_shape(problem.aux, outcome.x)[0].dtype
+    dtype = eqx.filter_eval_shape(problem.aux, outcome.x)[0].dtype
     return outcome.f.astype(dtype), problem.aux(outcome.x)[1] if has_aux else None
 
 
