@@ -4,26 +4,50 @@ Change the import, `from difflbfgs.compat.jaxopt import LBFGS, OptStep`, and rea
 differences in `docs/migration.md`.
 """
 
-import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import PyTree
 
-from difflbfgs import _vector
-from difflbfgs._checks import check_callable, no_type_check
-from difflbfgs._problem import Variables, make_variables
-from difflbfgs.compat import _jaxopt_step
-from difflbfgs.compat._jaxopt_objective import Objective, make_objective
-from difflbfgs.compat._jaxopt_run import Run
-from difflbfgs.compat._jaxopt_settings import Settings
-from difflbfgs.compat._jaxopt_state import Iterate, LbfgsState, OptStep, from_state, to_state
+from difflbfgs import _lbfgs, _loop, _vector
+from difflbfgs._checks import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_natural_number,
+    check_positive,
+    check_positive_integer,
+    check_tolerance,
+    no_type_check,
+)
+from difflbfgs._lbfgs import WarmStart
+from difflbfgs._minimize import make_task
+from difflbfgs._problem import Problem, Variables, interior, make_problem, make_variables
+from difflbfgs._rule import Task
+from difflbfgs._solution import RESULTS, Outcome
+from difflbfgs._vector import Scalar, Vector
+from difflbfgs._watch import Step, watch
+from difflbfgs.compat._jaxopt import (
+    LbfgsState,
+    OptStep,
+    check_stepsize,
+    make_adjoint,
+    make_objective,
+    plain,
+    to_state,
+    warm_start,
+)
 
 __all__ = ["LBFGS", "LbfgsState", "OptStep"]
+
+# What a solve begins with: a vector, a memory, and the objective.
+Entry: TypeAlias = tuple[Vector, WarmStart | None, Problem]
 
 
 @no_type_check
@@ -35,9 +59,8 @@ class LBFGS:
     the implicit function theorem, by `args`, `kwargs` and what `fun` closes over. `run` stops where
     `‖∇f(x)‖₂ <= tol`, with no reference to the scale of `f`, or where rounding hides any decrease.
 
-    `run` is `difflbfgs.minimize`, safeguards, Newton polish and all, unless an argument asks for
-    another iteration: a `stepsize`, `use_gamma=False`, `history_size=0`, `jit=False`, or
-    backtracking that is to be unrolled. Then it repeats `update`, which is JAXopt's own step.
+    `run` is `difflbfgs.minimize`, and `update` one step of the same loop without a Newton step: a
+    line search for the strong Wolfe conditions along the direction of the memory.
 
     **A solve that did not converge has the derivative NaN.** JAXopt differentiates wherever it
     stopped, as if that were a minimizer; `implicit_diff_solve=ImplicitAdjoint(approximate=True)`
@@ -48,38 +71,34 @@ class LBFGS:
         value_and_grad: `True` if `fun` returns the objective and its gradient, or a function that
             does. The gradient is taken as it is; the solve needs no second derivative then.
         has_aux: whether `fun` returns `(objective, aux)`, or `((objective, aux), gradient)`.
-        maxiter: bound on the steps.
+        maxiter: bound on the steps, an integer that is not traced.
         tol: bound on the gradient norm.
-        stepsize: a fixed step size, a function of the step's number that returns one, or 0 for a
-            line search.
-        linesearch: `"zoom"`, Optax's search for the strong Wolfe conditions; `"hager-zhang"`, the
-            same one, which has their approximate condition; `"backtracking"`, Optax's, which
-            asks for the Armijo condition alone, where JAXopt's asks for strong Wolfe too.
-        linesearch_init: where a search begins: `"increase"`, at `increase_factor` times the last
-            step size; `"current"`, at the last; `"max"`, at `max_stepsize`.
-        stop_if_linesearch_fails: stop then. `minimize` does, once a restart did not help.
+        stepsize: 0 or less, for a line search. A fixed step size is refused.
+        linesearch: `"zoom"`, `"hager-zhang"` or `"backtracking"`. All ask for the strong Wolfe
+            conditions, and get this library's search for them.
+        linesearch_init: without effect. A search begins with a step size of 1.
+        stop_if_linesearch_fails: without effect. A search that failed is followed by one down the
+            gradient; if that fails too, `run` stops.
         condition: without effect, as in JAXopt.
-        maxls: bound on the trials of a line search.
+        maxls: without effect. A search has 30 trials.
         decrease_factor: without effect, as in JAXopt.
-        increase_factor: see `linesearch_init`.
-        max_stepsize: bound on the step size of a line search.
-        min_stepsize: `"increase"` begins at `max_stepsize` if the last step was no longer.
-        history_size: number of curvature pairs kept.
-        use_gamma: begin the inverse Hessian with `gamma I` instead of `I`.
-        implicit_diff: differentiate the minimizer. `False`: the iterates, through every step, which
-            takes a `stepsize` or backtracking; other line searches raise if differentiated.
+        increase_factor: without effect.
+        max_stepsize: at least 1, and without effect: a search may end beyond.
+        min_stepsize: without effect.
+        history_size: number of curvature pairs kept, at least 1.
+        use_gamma: must be `True`: the inverse Hessian begins with `gamma I`.
+        implicit_diff: differentiate the minimizer. `False`: a derivative raises, since iterates are
+            not differentiated; there is no Newton step at the end then.
         implicit_diff_solve: `None`; a function `solve(matvec, b)` on flat real vectors, whose
             solution is accepted at a relative residual of 1e-3; a Lineax solver; or an adjoint of
             this library.
-        jit: compile. `False`: take the steps in Python, without compilation, for debugging; a `fun`
-            that returns its gradient need not be JAX then, if `implicit_diff=False`.
-        unroll: with `implicit_diff=False`, whether the loop may be differentiated in reverse mode.
-            `"auto"`: yes. Otherwise without effect.
-        verbose: 1 prints every step, 2 also what Optax reports of failing line searches.
+        jit: without effect: the solve is compiled.
+        unroll: without effect.
+        verbose: 1 or 2 prints every step.
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if a value is out of range.
+        ValueError: if a value is out of range, or asks for another iteration.
 
     References:
         M. Blondel et al., Efficient and modular implicit differentiation, NeurIPS 2022.
@@ -118,53 +137,104 @@ class LBFGS:
     jit: bool = True
     unroll: str | bool = "auto"
     verbose: bool | int = False
-    _settings: Settings = dataclasses.field(init=False, repr=False)
-    _objective: Objective = dataclasses.field(init=False, repr=False)
-    _compiled_update: Callable = dataclasses.field(init=False, repr=False)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in ("init_state", "update"):
+            if getattr(cls, name) is not getattr(LBFGS, name):
+                raise TypeError(
+                    f"{cls.__name__} overrides {name}, got {getattr(cls, name)!r}: run would not "
+                    f"call it. Write a loop around {name} of an LBFGS instead, in a function."
+                )
 
     def __post_init__(self):
         check_callable("fun", self.fun, "It is called as fun(params, *args, **kwargs).")
-        names = [field.name for field in dataclasses.fields(Settings)]
-        settings = Settings(**{name: getattr(self, name) for name in names})
-        objective = make_objective(self.fun, self.value_and_grad, self.has_aux, self.jit)
-        object.__setattr__(self, "_settings", settings)
-        object.__setattr__(self, "_objective", objective)
-        object.__setattr__(self, "_compiled_update", eqx.filter_jit(self._update))
+        if not callable(self.value_and_grad):
+            check_flag("value_and_grad", self.value_and_grad)
+        for name in ("has_aux", "stop_if_linesearch_fails", "use_gamma", "implicit_diff", "jit"):
+            check_flag(name, getattr(self, name))
+        check_natural_number("maxiter", plain(self.maxiter))
+        check_positive_integer("maxls", plain(self.maxls))
+        check_positive_integer("history_size", plain(self.history_size))
+        check_tolerance("tol", self.tol)
+        check_tolerance("min_stepsize", self.min_stepsize)
+        check_positive("increase_factor", self.increase_factor)
+        check_positive("max_stepsize", self.max_stepsize)
+        check_stepsize(self.stepsize)
+        check_choice("linesearch", self.linesearch, ("zoom", "backtracking", "hager-zhang"))
+        check_choice("linesearch_init", self.linesearch_init, ("increase", "max", "current"))
+        check_choice("unroll", self.unroll, ("auto", True, False))
+        check_choice("verbose", plain(self.verbose), (False, True, 0, 1, 2))
+        make_adjoint(self.implicit_diff_solve)
+        if isinstance(self.max_stepsize, Tracer) or self.max_stepsize < 1:
+            raise ValueError(
+                f"max_stepsize must be at least 1, got {self.max_stepsize!r}: the line search "
+                "begins there. Drop it; no step that raises the objective is taken."
+            )
+        if not self.use_gamma:
+            raise ValueError("use_gamma must be True, got False: H⁻¹ begins with gamma I. Drop it.")
+        for name in ("condition", "decrease_factor"):
+            if getattr(self, name) is not None:
+                warnings.warn(f"{name} has no effect. Drop it.", DeprecationWarning, stacklevel=3)
 
     def run(self, init_params: PyTree, *args: Any, **kwargs: Any) -> OptStep:
         """Minimize from `init_params`.
 
         Args:
             init_params: where to begin, any PyTree, or an `OptStep` for a warm start with the
-                memory in its state. The derivative by it is zero, but for unrolled iterates.
+                memory in its state. The derivative by it is zero.
             *args: arguments of `fun`.
             **kwargs: arguments of `fun`.
 
         Returns:
             `OptStep(params, state)`.
         """
-        variables, x, before = self._start(init_params)
-        task = Run(self._settings, self._objective, (args, kwargs), variables, x, before)
-        end = task.end()
-        return OptStep(variables.outside(end.x), to_state(variables, end))
+        theta = (args, kwargs)
+        variables, before, entry = self._enter(init_params, theta)
+        x, warm, problem = entry if self.implicit_diff else _undifferentiable(entry)
+        # A gradient that the user computes need not be differentiable, as a Newton step wants it.
+        newton = self.implicit_diff and self.value_and_grad is False
+        task = make_task(
+            variables,
+            x,
+            warm,
+            theta,
+            self._solver(self.tol, polish=int(newton)),
+            make_adjoint(self.implicit_diff_solve),
+            plain(self.maxiter),
+            throw=False,
+            callback=_print if self.verbose else None,
+        )
+        outcome, value, aux = _solve(task, problem, self.has_aux)
+        steps = before + outcome.stats.num_steps
+        state = to_state(variables, outcome, value, aux, steps, stepsize=1.0)
+        return OptStep(variables.outside(outcome.x), state)
 
     def init_state(self, init_params: PyTree, *args: Any, **kwargs: Any) -> LbfgsState:
         """Return the state before the first `update`; of an `OptStep`, with its memory."""
-        variables, x, before = self._start(init_params)
-        problem = _jaxopt_step.Direct(self._objective, (args, kwargs), variables)
-        return to_state(variables, _jaxopt_step.begin(problem, self._settings, x, before))
+        return self._advance(init_params, (args, kwargs), max_steps=0).state
 
     def update(self, params: PyTree, state: LbfgsState, *args: Any, **kwargs: Any) -> OptStep:
-        """Take one step from `params`; `state` is of `init_state`, `update` or `run`."""
+        """Take one step from `params`; `state` is of `init_state`, `update` or `run`.
+
+        It begins with an evaluation at `params`, which may be others than those of `state`, like
+        the arguments of `fun`. Where the gradient is zero, or the line search fails, `params` stay;
+        that counts as a step all the same.
+        """
         params, _ = _unpack(params)
-        with contextlib.nullcontext() if self.jit else jax.disable_jit():
-            update = self._compiled_update if self.jit else self._update
-            return update(params, state, (args, kwargs))
+        step = self._advance(OptStep(params, state), (args, kwargs), max_steps=1)
+        new = step.state
+        names = ("num_fun_eval", "num_grad_eval", "num_linesearch_iter")
+        counts = {name: getattr(state, name) + getattr(new, name) for name in names}
+        if self.verbose:
+            watch(_print, Step(new.iter_num, new.num_fun_eval, new.value, new.error, new.stepsize))
+        return OptStep(step.params, new._replace(**counts))
 
     def optimality_fun(self, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         """Return the gradient, which is zero at a minimizer, as `jax.grad` does."""
         params, _ = _unpack(params)
-        return eqx.filter_grad(lambda p: self._objective(p, (args, kwargs))[0])(params)
+        objective = make_objective(self.fun, self.value_and_grad, self.has_aux)
+        return eqx.filter_grad(lambda p: objective(p, (args, kwargs))[0])(params)
 
     def l2_optimality_error(self, params: PyTree, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the 2-norm of the gradient."""
@@ -174,36 +244,114 @@ class LBFGS:
 
     def attribute_names(self) -> tuple[str, ...]:
         """Return the names of the constructor's arguments."""
-        return tuple(field.name for field in dataclasses.fields(self) if field.init)
+        return tuple(field.name for field in dataclasses.fields(self))
 
     def attribute_values(self) -> tuple[Any, ...]:
         """Return what the constructor was given."""
         return tuple(getattr(self, name) for name in self.attribute_names())
 
-    def _start(self, init_params) -> tuple[Variables, jax.Array, Iterate | None]:
-        params, state = _unpack(init_params)
-        variables = make_variables(params, flatten=True)
-        before = None if state is None else self._iterate(variables, params, state)
-        return variables, variables.to_vector(params), before
+    def _solver(self, atol: Any, polish: int) -> _lbfgs.LBFGS:
+        size = plain(self.history_size)
+        return _lbfgs.LBFGS(rtol=0.0, atol=atol, memory_size=size, polish=polish)
 
-    def _update(self, params, state, theta):
+    def _enter(self, start: PyTree, theta: tuple) -> tuple[Variables, Any, Entry]:
+        """Return how to read vectors, the steps before, and what a solve begins with."""
+        params, state = _unpack(start)
         variables = make_variables(params, flatten=True)
-        problem = _jaxopt_step.Direct(self._objective, theta, variables)
-        with jax.numpy_dtype_promotion("standard"):
-            now = self._iterate(variables, params, state)
-            after = _jaxopt_step.advance(problem, self._settings, now)
-        return OptStep(variables.outside(after.x), to_state(variables, after))
-
-    def _iterate(self, variables: Variables, params, state) -> Iterate:
+        x = variables.to_vector(params)
+        objective = make_objective(self.fun, self.value_and_grad, self.has_aux)
+        try:
+            problem = make_problem(objective, theta, variables, x, has_aux=True)
+        except jax.errors.JAXTypeError as error:
+            if self.jit:
+                raise
+            raise TypeError(
+                "jit=False is without effect, and fun cannot be traced by JAX, got "
+                f"{self.fun!r}. Write it with jax.numpy, or call it in a jax.pure_callback and "
+                "pass value_and_grad=True."
+            ) from error
+        if state is None:
+            return variables, 0, (x, None, problem)
         kept = jnp.size(state.rho_history)
         if kept != self.history_size:
             raise ValueError(
                 f"state holds {kept} curvature pairs and the solver has history_size="
                 f"{self.history_size}. Keep history_size, or begin with init_state."
             )
-        return from_state(variables, params, state)
+        return variables, state.iter_num, (x, warm_start(variables, x, state), problem)
+
+    def _advance(self, start: PyTree, theta: tuple, max_steps: int) -> OptStep:
+        """Take so many steps, none or one, whatever `tol` says, without a derivative."""
+        variables, before, entry = self._enter(start, theta)
+        entry, solver = _undifferentiable(entry), self._solver(0.0, polish=0)
+        outcome, value, aux, t = _trips(entry, solver, max_steps, self.has_aux)
+        state = to_state(variables, outcome, value, aux, before + max_steps, t)
+        small = outcome.stats.grad_norm <= self.tol
+        result = RESULTS.where(small, RESULTS.successful, outcome.result)
+        state = state._replace(failed_linesearch=t == 0, result=result)
+        return OptStep(variables.outside(outcome.x), state)
 
 
 def _unpack(params: PyTree) -> tuple[PyTree, LbfgsState | None]:
     """Return parameters and state; the state is `None` unless there is one."""
     return tuple(params) if isinstance(params, OptStep) else (params, None)
+
+
+@eqx.filter_jit
+def _solve(task: Task, problem: Problem, has_aux: bool) -> tuple[Outcome, Any, Any]:
+    outcome = task.adjoint.differentiable(task, problem)
+    return outcome, *_value_and_aux(problem, outcome, has_aux)
+
+
+@eqx.filter_jit
+def _trips(
+    entry: Entry, solver: _lbfgs.LBFGS, max_steps: int, has_aux: bool
+) -> tuple[Outcome, Any, Any, Scalar]:
+    """Evaluate, and take trips of the loop until so many steps are taken."""
+    x, warm, problem = entry
+    settings = _loop.make_settings(solver, x, max_steps)
+
+    def advance(carry):
+        now, t = carry
+        after, decision = _loop.trip(problem, now, settings)
+        stays = jnp.all(after.point.x == now.point.x)
+        return after, _vector.where(decision.step, _vector.where(stays, 0, now.line.t), t)
+
+    with interior(), jax.numpy_dtype_promotion("standard"):
+        start = _loop.begin(settings, warm), jnp.ones((), x.dtype)
+        end, t = jax.lax.while_loop(lambda carry: ~carry[0].ledger.over(), advance, start)
+    outcome = _loop.outcome(end)
+    return outcome, *_value_and_aux(problem, outcome, has_aux), t
+
+
+def _value_and_aux(problem: Problem, outcome: Outcome, has_aux: bool) -> tuple[Any, PyTree]:
+    """Return the objective in the user's dtype, and its auxiliary output."""
+    dtype = eqx.filter_eval_shape(problem.aux, outcome.x)[0].dtype
+    return outcome.f.astype(dtype), problem.aux(outcome.x)[1] if has_aux else None
+
+
+@eqx.filter_custom_jvp
+def _undifferentiable(entry):
+    return entry
+
+
+@_undifferentiable.def_jvp
+def _undifferentiable_jvp(primals, tangents):
+    del primals, tangents
+    raise NotImplementedError(
+        "The iterations of difflbfgs.compat.jaxopt.LBFGS cannot be differentiated: neither update "
+        "and init_state, nor run with implicit_diff=False. Pass implicit_diff=True and call run, "
+        "for the derivative of the minimizer; for that of iterates use difflbfgs.minimize with "
+        "solver=difflbfgs.Unrolled(optax.sgd(0.1), num_steps=100)."
+    )
+
+
+def _print(step: Step) -> None:
+    """Print what JAXopt prints under `verbose`."""
+    if step.last and step.step_size == 0:
+        return  # the last step once more
+    print(
+        f"INFO: difflbfgs.compat.jaxopt.LBFGS: Iter: {int(step.num_steps)} "
+        f"Gradient Norm (stopping criterion): {float(step.grad_norm):.6g} "
+        f"Objective Value: {float(step.objective):.6g} Stepsize: {float(step.step_size):.6g}"
+    )
