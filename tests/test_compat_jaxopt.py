@@ -11,7 +11,7 @@ import pytest
 
 import difflbfgs as dl
 from difflbfgs.compat._jaxopt import make_adjoint
-from difflbfgs.compat.jaxopt import LBFGS, LbfgsState, OptStep
+from difflbfgs.compat.jaxopt import LBFGS, LBFGSB, LbfgsState, OptStep
 from problems import relative_error, tolerance
 
 # The signature and the state of JAXopt 0.8.5.
@@ -583,3 +583,47 @@ def test_a_subclass_may_not_change_the_steps(name):
         type("Clipped", (LBFGS,), {name: lambda self, *args: args})
     named = type("Named", (LBFGS,), {"title": lambda self: "mine"})
     assert named(ridge).title() == "mine"
+
+
+class TestBounds:
+    """`LBFGSB`: what it has from `minimize(bounds=...)`, in JAXopt's terms."""
+
+    @staticmethod
+    def fun(x, theta, shift=0.0):
+        return jnp.sum((x - theta) ** 2) / 2 + 0.3 * x[0] * x[1] + shift * jnp.sum(x)
+
+    BOUNDS = (jnp.zeros(3), jnp.array([1.0, 2.0, jnp.inf]))
+    THETA = jnp.array([-1.0, 5.0, 0.7])
+
+    def test_solves_and_differentiates(self):
+        def params(theta, bounds):
+            return LBFGSB(self.fun, tol=1e-9).run(jnp.ones(3), bounds, theta, shift=0.1).params
+
+        found = params(self.THETA, self.BOUNDS)
+        np.testing.assert_allclose(found, [0, 2, 0.6], atol=1e-9)
+        by_theta, (by_lower, by_upper) = jax.jacrev(params, (0, 1))(self.THETA, self.BOUNDS)
+        np.testing.assert_allclose(by_theta, np.diag([0, 0, 1]), atol=1e-9)
+        np.testing.assert_allclose(by_lower, np.diag([1, 0, 0]), atol=1e-9)
+        np.testing.assert_allclose(by_upper, np.diag([0, 1, 0]), atol=1e-9)
+
+    def test_has_jaxopts_arguments_and_goes_on(self):
+        found = {
+            name: parameter.default
+            for name, parameter in inspect.signature(LBFGSB).parameters.items()
+        }
+        assert found == ARGUMENTS | {"history_size": 20}
+        cold = LBFGSB(self.fun, tol=1e-9).run(jnp.ones(3), self.BOUNDS, self.THETA)
+        assert cold.state.error <= 1e-9
+        warm = LBFGSB(self.fun, tol=1e-9).run(cold, self.BOUNDS, self.THETA)
+        np.testing.assert_allclose(warm.params, cold.params, atol=1e-9)
+        assert warm.state.num_fun_eval <= cold.state.num_fun_eval
+
+    def test_weakly_active_is_nan_and_steps_are_not_offered(self):
+        tie = jnp.array([0.6, 5.0, 0.7])  # the multiplier of the first variable vanishes
+        jacobian = jax.jacrev(
+            lambda theta: LBFGSB(self.fun, tol=1e-9).run(jnp.ones(3), self.BOUNDS, theta).params
+        )(tie)
+        assert jnp.isnan(jacobian).any()
+        assert not hasattr(LBFGSB(self.fun), "update")
+        with pytest.raises(ValueError, match="lower <= upper"):
+            LBFGSB(self.fun).run(jnp.ones(3), (1.0, 0.0), self.THETA)

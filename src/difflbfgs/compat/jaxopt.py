@@ -1,4 +1,6 @@
-"""JAXopt's `LBFGS`, on this library's solver and derivative, without JAXopt, which is archived.
+"""JAXopt's `LBFGS` and `LBFGSB`, on this library's solver and derivative.
+
+JAXopt, which is archived, need not be installed.
 
 Change the import, `from difflbfgs.compat.jaxopt import LBFGS, OptStep`, and read the list of
 differences in `docs/migration.md`.
@@ -27,7 +29,7 @@ from difflbfgs._checks import (
     no_type_check,
 )
 from difflbfgs._lbfgs import WarmStart
-from difflbfgs._minimize import make_task
+from difflbfgs._minimize import make_task, with_bounds
 from difflbfgs._problem import Problem, Variables, interior, make_problem, make_variables
 from difflbfgs._rule import Task
 from difflbfgs._solution import RESULTS, Outcome
@@ -44,7 +46,7 @@ from difflbfgs.compat._jaxopt import (
     warm_start,
 )
 
-__all__ = ["LBFGS", "LbfgsState", "OptStep"]
+__all__ = ["LBFGS", "LBFGSB", "LbfgsState", "OptStep"]
 
 # What a solve begins with: a vector, a memory, and the objective.
 Entry: TypeAlias = tuple[Vector, WarmStart | None, Problem]
@@ -52,7 +54,139 @@ Entry: TypeAlias = tuple[Vector, WarmStart | None, Problem]
 
 @no_type_check
 @dataclasses.dataclass(eq=False, frozen=True)
-class LBFGS:
+class _Solver:
+    """The arguments of JAXopt's solvers, and a solve."""
+
+    fun: Callable
+    value_and_grad: bool | Callable = False
+    has_aux: bool = False
+    maxiter: int = 500
+    tol: Any = 1e-3
+    stepsize: Any = 0.0
+    linesearch: str = "zoom"
+    linesearch_init: str = "increase"
+    stop_if_linesearch_fails: bool = False
+    condition: Any = None
+    maxls: int = 30
+    decrease_factor: Any = None
+    increase_factor: Any = 1.5
+    max_stepsize: Any = 1.0
+    min_stepsize: Any = 1e-6
+    history_size: int = 10
+    use_gamma: bool = True
+    implicit_diff: bool = True
+    implicit_diff_solve: Any = None
+    jit: bool = True
+    unroll: str | bool = "auto"
+    verbose: bool | int = False
+
+    def __post_init__(self):
+        check_callable("fun", self.fun, "It is called as fun(params, *args, **kwargs).")
+        if not callable(self.value_and_grad):
+            check_flag("value_and_grad", self.value_and_grad)
+        for name in ("has_aux", "stop_if_linesearch_fails", "use_gamma", "implicit_diff", "jit"):
+            check_flag(name, getattr(self, name))
+        check_natural_number("maxiter", plain(self.maxiter))
+        check_positive_integer("maxls", plain(self.maxls))
+        check_positive_integer("history_size", plain(self.history_size))
+        check_tolerance("tol", self.tol)
+        check_tolerance("min_stepsize", self.min_stepsize)
+        check_positive("increase_factor", self.increase_factor)
+        check_positive("max_stepsize", self.max_stepsize)
+        check_stepsize(self.stepsize)
+        check_choice("linesearch", self.linesearch, ("zoom", "backtracking", "hager-zhang"))
+        check_choice("linesearch_init", self.linesearch_init, ("increase", "max", "current"))
+        check_choice("unroll", self.unroll, ("auto", True, False))
+        check_choice("verbose", plain(self.verbose), (False, True, 0, 1, 2))
+        make_adjoint(self.implicit_diff_solve)
+        if isinstance(self.max_stepsize, Tracer) or self.max_stepsize < 1:
+            raise ValueError(
+                f"max_stepsize must be at least 1, got {self.max_stepsize!r}: the line search "
+                "begins there. Drop it; no step that raises the objective is taken."
+            )
+        if not self.use_gamma:
+            raise ValueError("use_gamma must be True, got False: H⁻¹ begins with gamma I. Drop it.")
+        for name in ("condition", "decrease_factor"):
+            if getattr(self, name) is not None:
+                warnings.warn(f"{name} has no effect. Drop it.", DeprecationWarning, stacklevel=3)
+
+    def _minimized(self, start: PyTree, bounds: Any, theta: tuple) -> OptStep:
+        """Minimize from `start`, with `bounds` if there are any."""
+        variables, before, entry = self._enter(start, bounds, theta)
+        x, warm, problem = entry if self.implicit_diff else _undifferentiable(entry)
+        # A gradient that the user computes need not be differentiable, as a Newton step wants it.
+        newton = self.implicit_diff and self.value_and_grad is False
+        task = make_task(
+            variables,
+            x,
+            warm,
+            theta,
+            self._solver(self.tol, polish=int(newton)),
+            make_adjoint(self.implicit_diff_solve),
+            plain(self.maxiter),
+            throw=False,
+            callback=_print if self.verbose else None,
+        )
+        outcome, value, aux = _solve(task, problem, self.has_aux)
+        steps = before + outcome.stats.num_steps
+        state = to_state(variables, outcome, value, aux, steps, stepsize=1.0)
+        return OptStep(variables.outside(outcome.x), state)
+
+    def optimality_fun(self, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        """Return the gradient, which is zero at a minimizer, as `jax.grad` does."""
+        params, _ = _unpack(params)
+        objective = make_objective(self.fun, self.value_and_grad, self.has_aux)
+        return eqx.filter_grad(lambda p: objective(p, (args, kwargs))[0])(params)
+
+    def l2_optimality_error(self, params: PyTree, *args: Any, **kwargs: Any) -> jax.Array:
+        """Return the 2-norm of the gradient."""
+        params, _ = _unpack(params)
+        gradient = self.optimality_fun(params, *args, **kwargs)
+        return _vector.norm(make_variables(params, flatten=True).to_vector(gradient))
+
+    def attribute_names(self) -> tuple[str, ...]:
+        """Return the names of the constructor's arguments."""
+        return tuple(field.name for field in dataclasses.fields(self))
+
+    def attribute_values(self) -> tuple[Any, ...]:
+        """Return what the constructor was given."""
+        return tuple(getattr(self, name) for name in self.attribute_names())
+
+    def _solver(self, atol: Any, polish: int) -> _lbfgs.LBFGS:
+        size = plain(self.history_size)
+        return _lbfgs.LBFGS(rtol=0.0, atol=atol, memory_size=size, polish=polish)
+
+    def _enter(self, start: PyTree, bounds: Any, theta: tuple) -> tuple[Variables, Any, Entry]:
+        """Return how to read vectors, the steps before, and what a solve begins with."""
+        params, state = _unpack(start)
+        variables = make_variables(params, flatten=True)
+        x = variables.to_vector(params)
+        objective = make_objective(self.fun, self.value_and_grad, self.has_aux)
+        try:
+            problem = make_problem(objective, theta, variables, x, has_aux=True)
+        except jax.errors.JAXTypeError as error:
+            if self.jit:
+                raise
+            raise TypeError(
+                "jit=False is without effect, and fun cannot be traced by JAX, got "
+                f"{self.fun!r}. Write it with jax.numpy, or call it in a jax.pure_callback and "
+                "pass value_and_grad=True."
+            ) from error
+        problem = with_bounds(problem, bounds, theta, variables, params, self._solver(0.0, 0))
+        if state is None:
+            return variables, 0, (x, None, problem)
+        kept = jnp.size(state.rho_history)
+        if kept != self.history_size:
+            raise ValueError(
+                f"state holds {kept} curvature pairs and the solver has history_size="
+                f"{self.history_size}. Keep history_size, or begin with init_state."
+            )
+        return variables, state.iter_num, (x, warm_start(variables, x, state), problem)
+
+
+@no_type_check
+@dataclasses.dataclass(eq=False, frozen=True)
+class LBFGS(_Solver):
     """L-BFGS with the arguments of `jaxopt.LBFGS` 0.8.5.
 
     Minimizes `f(x, *args, **kwargs)` over `x`; by default `run(...).params` is differentiated by
@@ -115,29 +249,6 @@ class LBFGS:
         2.0000 -1.3333
     """
 
-    fun: Callable
-    value_and_grad: bool | Callable = False
-    has_aux: bool = False
-    maxiter: int = 500
-    tol: Any = 1e-3
-    stepsize: Any = 0.0
-    linesearch: str = "zoom"
-    linesearch_init: str = "increase"
-    stop_if_linesearch_fails: bool = False
-    condition: Any = None
-    maxls: int = 30
-    decrease_factor: Any = None
-    increase_factor: Any = 1.5
-    max_stepsize: Any = 1.0
-    min_stepsize: Any = 1e-6
-    history_size: int = 10
-    use_gamma: bool = True
-    implicit_diff: bool = True
-    implicit_diff_solve: Any = None
-    jit: bool = True
-    unroll: str | bool = "auto"
-    verbose: bool | int = False
-
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for name in ("init_state", "update"):
@@ -146,36 +257,6 @@ class LBFGS:
                     f"{cls.__name__} overrides {name}, got {getattr(cls, name)!r}: run would not "
                     f"call it. Write a loop around {name} of an LBFGS instead, in a function."
                 )
-
-    def __post_init__(self):
-        check_callable("fun", self.fun, "It is called as fun(params, *args, **kwargs).")
-        if not callable(self.value_and_grad):
-            check_flag("value_and_grad", self.value_and_grad)
-        for name in ("has_aux", "stop_if_linesearch_fails", "use_gamma", "implicit_diff", "jit"):
-            check_flag(name, getattr(self, name))
-        check_natural_number("maxiter", plain(self.maxiter))
-        check_positive_integer("maxls", plain(self.maxls))
-        check_positive_integer("history_size", plain(self.history_size))
-        check_tolerance("tol", self.tol)
-        check_tolerance("min_stepsize", self.min_stepsize)
-        check_positive("increase_factor", self.increase_factor)
-        check_positive("max_stepsize", self.max_stepsize)
-        check_stepsize(self.stepsize)
-        check_choice("linesearch", self.linesearch, ("zoom", "backtracking", "hager-zhang"))
-        check_choice("linesearch_init", self.linesearch_init, ("increase", "max", "current"))
-        check_choice("unroll", self.unroll, ("auto", True, False))
-        check_choice("verbose", plain(self.verbose), (False, True, 0, 1, 2))
-        make_adjoint(self.implicit_diff_solve)
-        if isinstance(self.max_stepsize, Tracer) or self.max_stepsize < 1:
-            raise ValueError(
-                f"max_stepsize must be at least 1, got {self.max_stepsize!r}: the line search "
-                "begins there. Drop it; no step that raises the objective is taken."
-            )
-        if not self.use_gamma:
-            raise ValueError("use_gamma must be True, got False: H⁻¹ begins with gamma I. Drop it.")
-        for name in ("condition", "decrease_factor"):
-            if getattr(self, name) is not None:
-                warnings.warn(f"{name} has no effect. Drop it.", DeprecationWarning, stacklevel=3)
 
     def run(self, init_params: PyTree, *args: Any, **kwargs: Any) -> OptStep:
         """Minimize from `init_params`.
@@ -189,26 +270,7 @@ class LBFGS:
         Returns:
             `OptStep(params, state)`.
         """
-        theta = (args, kwargs)
-        variables, before, entry = self._enter(init_params, theta)
-        x, warm, problem = entry if self.implicit_diff else _undifferentiable(entry)
-        # A gradient that the user computes need not be differentiable, as a Newton step wants it.
-        newton = self.implicit_diff and self.value_and_grad is False
-        task = make_task(
-            variables,
-            x,
-            warm,
-            theta,
-            self._solver(self.tol, polish=int(newton)),
-            make_adjoint(self.implicit_diff_solve),
-            plain(self.maxiter),
-            throw=False,
-            callback=_print if self.verbose else None,
-        )
-        outcome, value, aux = _solve(task, problem, self.has_aux)
-        steps = before + outcome.stats.num_steps
-        state = to_state(variables, outcome, value, aux, steps, stepsize=1.0)
-        return OptStep(variables.outside(outcome.x), state)
+        return self._minimized(init_params, None, (args, kwargs))
 
     def init_state(self, init_params: PyTree, *args: Any, **kwargs: Any) -> LbfgsState:
         """Return the state before the first `update`; of an `OptStep`, with its memory."""
@@ -230,59 +292,9 @@ class LBFGS:
             watch(_print, Step(new.iter_num, new.num_fun_eval, new.value, new.error, new.stepsize))
         return OptStep(step.params, new._replace(**counts))
 
-    def optimality_fun(self, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
-        """Return the gradient, which is zero at a minimizer, as `jax.grad` does."""
-        params, _ = _unpack(params)
-        objective = make_objective(self.fun, self.value_and_grad, self.has_aux)
-        return eqx.filter_grad(lambda p: objective(p, (args, kwargs))[0])(params)
-
-    def l2_optimality_error(self, params: PyTree, *args: Any, **kwargs: Any) -> jax.Array:
-        """Return the 2-norm of the gradient."""
-        params, _ = _unpack(params)
-        gradient = self.optimality_fun(params, *args, **kwargs)
-        return _vector.norm(make_variables(params, flatten=True).to_vector(gradient))
-
-    def attribute_names(self) -> tuple[str, ...]:
-        """Return the names of the constructor's arguments."""
-        return tuple(field.name for field in dataclasses.fields(self))
-
-    def attribute_values(self) -> tuple[Any, ...]:
-        """Return what the constructor was given."""
-        return tuple(getattr(self, name) for name in self.attribute_names())
-
-    def _solver(self, atol: Any, polish: int) -> _lbfgs.LBFGS:
-        size = plain(self.history_size)
-        return _lbfgs.LBFGS(rtol=0.0, atol=atol, memory_size=size, polish=polish)
-
-    def _enter(self, start: PyTree, theta: tuple) -> tuple[Variables, Any, Entry]:
-        """Return how to read vectors, the steps before, and what a solve begins with."""
-        params, state = _unpack(start)
-        variables = make_variables(params, flatten=True)
-        x = variables.to_vector(params)
-        objective = make_objective(self.fun, self.value_and_grad, self.has_aux)
-        try:
-            problem = make_problem(objective, theta, variables, x, has_aux=True)
-        except jax.errors.JAXTypeError as error:
-            if self.jit:
-                raise
-            raise TypeError(
-                "jit=False is without effect, and fun cannot be traced by JAX, got "
-                f"{self.fun!r}. Write it with jax.numpy, or call it in a jax.pure_callback and "
-                "pass value_and_grad=True."
-            ) from error
-        if state is None:
-            return variables, 0, (x, None, problem)
-        kept = jnp.size(state.rho_history)
-        if kept != self.history_size:
-            raise ValueError(
-                f"state holds {kept} curvature pairs and the solver has history_size="
-                f"{self.history_size}. Keep history_size, or begin with init_state."
-            )
-        return variables, state.iter_num, (x, warm_start(variables, x, state), problem)
-
     def _advance(self, start: PyTree, theta: tuple, max_steps: int) -> OptStep:
         """Take so many steps, none or one, whatever `tol` says, without a derivative."""
-        variables, before, entry = self._enter(start, theta)
+        variables, before, entry = self._enter(start, None, theta)
         entry, solver = _undifferentiable(entry), self._solver(0.0, polish=0)
         outcome, value, aux, t = _trips(entry, solver, max_steps, self.has_aux)
         state = to_state(variables, outcome, value, aux, before + max_steps, t)
@@ -290,6 +302,53 @@ class LBFGS:
         result = RESULTS.where(small, RESULTS.successful, outcome.result)
         state = state._replace(failed_linesearch=t == 0, result=result)
         return OptStep(variables.outside(outcome.x), state)
+
+
+@no_type_check
+@dataclasses.dataclass(eq=False, frozen=True)
+class LBFGSB(_Solver):
+    """L-BFGS between bounds, with the arguments of `jaxopt.LBFGSB` 0.8.5 and its `run`.
+
+    Minimizes `f(x, *args, **kwargs)` over `lower <= x <= upper` as `difflbfgs.minimize` does with
+    `bounds=(lower, upper)`: the objective is evaluated inside them only, and `run(...).params` is
+    differentiated by them, too. It stops where the projected gradient, without the components that
+    point out of the box at a bound, has a 2-norm of `tol`; JAXopt asks that of the step
+    `P(x - ∇f(x)) - x`, which changes with the scale of `f`. Where a variable is at its bound with a
+    multiplier of zero the derivative is NaN.
+
+    The arguments are those of `LBFGS`; `history_size` is 20 by default.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if a value is out of range, or asks for another iteration.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from difflbfgs.compat.jaxopt import LBFGSB
+        >>> def distance(x, target):
+        ...     return jnp.sum((x - target) ** 2)
+        >>> def nearest(upper):
+        ...     bounds = (jnp.zeros(2), jnp.full(2, upper))
+        ...     return LBFGSB(distance).run(jnp.zeros(2), bounds, jnp.array([0.5, 3.0])).params
+        >>> print(nearest(1.0).round(3), jax.grad(lambda u: nearest(u).sum())(1.0).round(3))
+        [0.5 1. ] 1.0
+    """
+
+    history_size: int = 20
+
+    def run(self, init_params: PyTree, bounds: tuple, *args: Any, **kwargs: Any) -> OptStep:
+        """Minimize from `init_params`, which may be an `OptStep`, between `bounds`.
+
+        Args:
+            init_params: where to begin, as for `LBFGS`; projected into the bounds.
+            bounds: `(lower, upper)`, PyTrees like the parameters, numbers, or `None`.
+            *args: arguments of `fun`.
+            **kwargs: arguments of `fun`.
+
+        Returns:
+            `OptStep(params, state)`.
+        """
+        return self._minimized(init_params, bounds, (args, kwargs))
 
 
 def _unpack(params: PyTree) -> tuple[PyTree, LbfgsState | None]:
