@@ -211,7 +211,7 @@ def _once_jvp(static, primals, tangents):
         _, (inner, outer) = _rule.merge(static, params, arrays)
         return _certificate.lagrangian(inner, outer, found.outcome.x, found.u)
 
-    _, tangent = jax.jvp(value, (params,), (tangents[0],))
+    tangent = _rule.directional(value, params, tangents[0])
     trusted = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in found.gradient]))
     poison = _rule.spoil(_weighted_sum(tangents[0]), jnp.asarray(False))
 

@@ -69,7 +69,7 @@ class Task(eqx.Module):
 
         matvec = self.ridged(hvp)  # for the derivatives of this solve
         with interior():
-            return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
+            return _linear_solve(matvec, v, solve, has_aux=True)
 
     def _solve_adjoint_alone(self, problem: Problem, outcome: Outcome, v: Vector):
         def hvp(p):
@@ -154,13 +154,19 @@ def _reverse_bwd(static, residuals, cotangent):
     if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(cotangent.x)):
         return None, None  # the minimizer was not used: no adjoint to solve
     task, problem = merge(static, params, arrays)
-    u, _ = task.solve_adjoint(problem, outcome, cotangent.x)
+    v = jax.tree.map(_instantiated, cotangent.x, outcome.x)
+    u, _ = task.solve_adjoint(problem, outcome, v)
     _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).gradient(outcome.x), params)
     (bar,) = pullback(jax.tree.map(jnp.negative, u))
-    return _masked(bar, cotangent.x, task.trusts(outcome)), None
+    return _masked(bar, v, task.trusts(outcome)), None
 
 
 reverse.defvjp(_reverse_fwd, _reverse_bwd, symbolic_zeros=True)
+
+
+def _instantiated(cotangent, like):
+    """Return the cotangent of a leaf as an array, also if the leaf was not used."""
+    return jnp.zeros_like(like) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -180,9 +186,18 @@ def _forward_objective_jvp(static, primals, tangents):
     def value(params):
         return eqx.combine(params, problem).value(outcome.x)
 
-    _, tangent = jax.jvp(value, (params,), (tangents[0],))
     f = forward_objective(static, params, arrays, outcome)
-    return f, spoil(tangent, task.trusts(outcome))
+    return f, spoil(directional(value, params, tangents[0]), task.trusts(outcome))
+
+
+def directional(value: Callable[[PyTree], Scalar], params: PyTree, tangent: PyTree) -> Scalar:
+    """Return the derivative of a scalar along `tangent`, by reverse mode.
+
+    The user's function need not have another one: a `jax.custom_vjp` in it has not.
+    """
+    f, gradient = jax.value_and_grad(value)(params)
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True)
+    return sum((jnp.sum((g * t).real).astype(f.dtype) for g, t in pairs), jnp.zeros_like(f))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -213,7 +228,24 @@ def spoil(t: PyTree, trusted: Flag) -> PyTree:
     def solve(_, b):
         return jax.tree.map(lambda b: jnp.where(trusted | (b == 0), b, b * jnp.nan), b)
 
-    return jax.lax.custom_linear_solve(lambda t: t, t, solve, symmetric=True)
+    return _linear_solve(lambda t: t, t, solve)
+
+
+def _linear_solve(matvec, b, solve, has_aux=False):
+    """Solve a symmetric system by `solve`, and differentiate that by `matvec`."""
+    b = _with_whole_tangent(b)
+    return jax.lax.custom_linear_solve(matvec, b, solve, symmetric=True, has_aux=has_aux)
+
+
+@jax.custom_jvp
+def _with_whole_tangent(tree: PyTree) -> PyTree:
+    """Return `tree`; if one leaf of its tangent is a symbolic zero, JAX's linear solve raises."""
+    return tree
+
+
+@_with_whole_tangent.defjvp
+def _with_whole_tangent_jvp(primals, tangents):
+    return primals[0], tangents[0]
 
 
 def _masked(bar: PyTree, cotangent: Vector, trusted: Flag) -> PyTree:
