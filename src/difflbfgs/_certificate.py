@@ -25,7 +25,7 @@ from difflbfgs import _adjoint, _vector
 from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._linear import Accuracy, Dense, Report, System
 from difflbfgs._operator import SymmetricOperator
-from difflbfgs._problem import Problem, interior
+from difflbfgs._problem import Problem, differentiation, interior
 from difflbfgs._rule import Task
 from difflbfgs._solution import RESULTS, Outcome, count, has_converged
 from difflbfgs._vector import Count, Scalar, Vector
@@ -60,9 +60,13 @@ class _Estimate(eqx.Module):
     max_curvature: Scalar
 
 
-@interior()
 def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) -> Certified:
     """Solve `inner`, and differentiate `outer` at its minimizer by `theta`."""
+    with interior(inner.name):
+        return _certified(task, inner, outer, start)
+
+
+def _certified(task, inner, outer, start):
     outcome = task.solve(inner)
     x = outcome.x
     H = SymmetricOperator.of(lambda p: inner.product(x, p), x)
@@ -106,7 +110,8 @@ def _derivatives(inner, outer, x, u):
     """Return `∇f(x)`, `∇F(x) - H u` and `∂L/∂θ` at `(x, u)`."""
 
     def gradients(problem, x):
-        return jax.grad(lambda x, theta: problem.at(theta).value(x), (0, 1))(x, inner.theta)
+        with differentiation(problem.name):
+            return jax.grad(lambda x, theta: problem.at(theta).value(x), (0, 1))(x, inner.theta)
 
     # Forward mode goes over reverse mode: under a `custom_vjp` in `f` the other way is barred.
     (g, _), along_u = jax.jvp(lambda x: gradients(inner, x), (x,), (u,))

@@ -24,7 +24,7 @@ from difflbfgs import _krylov, _loop, _memory, _vector
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import Report, System
 from difflbfgs._operator import SymmetricOperator
-from difflbfgs._problem import Problem, interior
+from difflbfgs._problem import Problem, differentiation, interior
 from difflbfgs._solution import RESULTS, Outcome, has_converged, raised
 from difflbfgs._vector import Flag, Scalar, Vector
 
@@ -43,7 +43,7 @@ class Task(eqx.Module):
 
     def solve(self, problem: Problem) -> Outcome:
         """Solve, and raise here, where the derivative will see it, if that failed."""
-        with interior():
+        with interior(problem.name):
             outcome = _loop.run(
                 problem, self.x0, self.warm, self.solver, self.max_steps, self.callback
             )
@@ -61,29 +61,24 @@ class Task(eqx.Module):
         a NaN instead would have a derivative of zero.) A `v` of zero has the solution zero always.
         """
 
-        def hvp(p):
-            return problem.product(outcome.x, p)
-
         def solve(_, b):
             return lane_by_lane(Task._solve_adjoint_alone)(self, problem, outcome, b)
 
-        matvec = self.ridged(hvp)  # for the derivatives of this solve
-        with interior():
+        matvec = self._hessian(problem, outcome)  # for the derivatives of this solve
+        with interior(problem.name):
             return _linear_solve(matvec, v, solve, has_aux=True)
 
     def _solve_adjoint_alone(self, problem: Problem, outcome: Outcome, v: Vector):
-        def hvp(p):
-            return problem.product(outcome.x, p)
-
-        operator = SymmetricOperator.of(self.ridged(hvp), v)
+        operator = SymmetricOperator.of(self._hessian(problem, outcome), v)
         u, report = self.solve_system(self.system(operator, outcome), outcome, v)
         spoilt = (report.result != RESULTS.successful) | ~self.trusts(outcome)
         factor = jnp.where(spoilt & ~_vector.is_zero(v), jnp.nan, 1)
         return _vector.scale(factor, u), report
 
-    def ridged(self, hvp: Callable[[Vector], Vector]) -> Callable[[Vector], Vector]:
-        """Return the Hessian-vector product with the ridge that the adjoint adds."""
-        return lambda p: _vector.add_scaled(hvp(p), self.adjoint.ridge, p)
+    def _hessian(self, problem: Problem, outcome: Outcome) -> Callable[[Vector], Vector]:
+        """Return the Hessian-vector product at the outcome, with the ridge of the adjoint."""
+        product = problem.product if self.adjoint.needs_products else problem.product_if_any
+        return lambda p: _vector.add_scaled(product(outcome.x, p), self.adjoint.ridge, p)
 
     def system(self, operator: SymmetricOperator, outcome: Outcome) -> System:
         """Return `H u = v`, preconditioned and ready to be solved."""
@@ -132,7 +127,8 @@ def _forward_jvp(static, primals, tangents):
     def gradient(params):
         return eqx.combine(params, problem).gradient(outcome.x)
 
-    _, b = jax.jvp(gradient, (params,), (tangents[0],))
+    with differentiation(problem.name):
+        _, b = jax.jvp(gradient, (params,), (tangents[0],))
     u, _ = task.solve_adjoint(problem, outcome, b)
     tangent = jax.tree.map(zero_tangent, outcome)
     return outcome, eqx.tree_at(lambda o: o.x, tangent, jax.tree.map(jnp.negative, u))
@@ -156,8 +152,9 @@ def _reverse_bwd(static, residuals, cotangent):
     task, problem = merge(static, params, arrays)
     v = jax.tree.map(_instantiated, cotangent.x, outcome.x)
     u, _ = task.solve_adjoint(problem, outcome, v)
-    _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).gradient(outcome.x), params)
-    (bar,) = pullback(jax.tree.map(jnp.negative, u))
+    with differentiation(problem.name):
+        _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).gradient(outcome.x), params)
+        (bar,) = pullback(jax.tree.map(jnp.negative, u))
     return _masked(bar, v, task.trusts(outcome)), None
 
 
@@ -187,7 +184,9 @@ def _forward_objective_jvp(static, primals, tangents):
         return eqx.combine(params, problem).value(outcome.x)
 
     f = forward_objective(static, params, arrays, outcome)
-    return f, spoil(directional(value, params, tangents[0]), task.trusts(outcome))
+    with differentiation(problem.name):
+        tangent = directional(value, params, tangents[0])
+    return f, spoil(tangent, task.trusts(outcome))
 
 
 def directional(value: Callable[[PyTree], Scalar], params: PyTree, tangent: PyTree) -> Scalar:
@@ -214,8 +213,9 @@ def _reverse_objective_bwd(static, residuals, cotangent):
     params, arrays, outcome = residuals
     task, problem = merge(static, params, arrays)
     trusted = task.trusts(outcome)
-    _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).value(outcome.x), params)
-    (bar,) = pullback(spoil(cotangent, trusted))
+    with differentiation(problem.name):
+        _, pullback = jax.vjp(lambda p: eqx.combine(p, problem).value(outcome.x), params)
+        (bar,) = pullback(spoil(cotangent, trusted))
     return _masked(bar, cotangent, trusted), None, None
 
 
