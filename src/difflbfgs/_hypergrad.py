@@ -24,7 +24,7 @@ from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._minimize import make_solution, make_task
 from difflbfgs._problem import Problem, make_problem, make_variables, split_theta
 from difflbfgs._rule import Task
-from difflbfgs._solution import Solution
+from difflbfgs._solution import Solution, short_errors
 from difflbfgs._vector import Scalar, Vector
 
 
@@ -172,7 +172,8 @@ def value_and_hypergrad(
         warm = None if state is None else state.solve
         task = make_task(variables, x, warm, theta, solver, adjoint, max_steps, throw)
         u = None if state is None else jax.lax.stop_gradient(state.adjoint)
-        found = _compiled(task, u, problems)
+        with short_errors():
+            found = _compiled(task, u, problems)
         info = HypergradInfo(
             solution=make_solution(variables, found.outcome),
             state=HypergradState(found.outcome.state, found.u),
