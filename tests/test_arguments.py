@@ -1,5 +1,8 @@
 """Bad input: every error names the argument, the value received and the remedy."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -220,3 +223,52 @@ def test_tolerances_may_be_traced():
         for r in (1e-2, 1e-10)
     )
     assert tight <= loose
+
+
+@dataclasses.dataclass
+class Plain:
+    w: object
+
+
+@pytest.mark.parametrize("kind", [Plain, types.SimpleNamespace])
+def test_a_class_that_is_no_pytree_is_told_to_become_one(kind):
+    check(
+        lambda: dl.minimize(lambda x, _: jnp.sum(x.w**2), kind(w=X0)),
+        ValueError,
+        ["x0", kind.__name__, "register_dataclass", "equinox.Module", "dict"],
+    )
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="it is float64 here")
+def test_a_dtype_that_jax_does_not_have_is_named():
+    for kind in (np.longdouble, np.clongdouble):
+        wide = np.ones(2, kind)
+        name = str(wide.dtype)
+        check(lambda x=wide: dl.minimize(fun, x), TypeError, ["x0", name, "numpy.asarray"])
+        check(lambda x=wide: dl.minimize(fun, X0, x), TypeError, ["theta", name, "numpy.asarray"])
+    rtol = np.longdouble(1e-3)
+    check(lambda: dl.LBFGS(rtol=rtol), TypeError, ["rtol", str(rtol.dtype)])
+
+
+def test_unrolled_solvers_of_equal_settings_are_equal():
+    def made(rate, steps=3, maker=optax.sgd):
+        return dl.Unrolled(maker(rate), steps)
+
+    for maker in (optax.sgd, optax.adam):
+        assert made(0.1, maker=maker) == made(0.1, maker=maker)
+        assert hash(made(0.1, maker=maker)) == hash(made(0.1, maker=maker))
+        assert made(0.1, maker=maker) != made(0.2, maker=maker)
+    assert made(0.1) != made(0.1, steps=4)
+    assert made(0.1) != made(0.1, maker=optax.adam)
+    assert made(jnp.asarray(0.1)) != made(jnp.asarray(0.2))
+    assert made(0.1) != dl.LBFGS()
+
+
+def test_a_traced_negative_tolerance_counts_as_zero():
+    def norm(rtol):
+        solver = dl.LBFGS(rtol=rtol, atol=rtol)
+        return dl.minimize(lambda x, _: jnp.sum(jnp.cosh(x - 1)), X0, solver=solver).stats
+
+    solve = jax.jit(norm)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, solve(-0.5), solve(0.0)))
+    assert solve(0.5).num_fun_evals < solve(0.0).num_fun_evals

@@ -6,9 +6,11 @@ closures and auxiliary outputs are dealt with here and nowhere else.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from difflbfgs import _vector
+from difflbfgs._checks import check_dtypes
 from difflbfgs._program import Program, contains, trace
 from difflbfgs._vector import Scalar, Vector
 
@@ -215,14 +218,15 @@ def make_variables(x0: PyTree, flatten: bool) -> Variables:
 
     Raises:
         ValueError: if `x0` has no inexact array leaf, or none with an entry.
+        TypeError: if one has a dtype that JAX does not have.
     """
     inexact, static = eqx.partition(x0, _vector.is_inexact)
     leaves = jax.tree.leaves(inexact)
+    check_dtypes("x0", leaves)
     if sum(jnp.size(leaf) for leaf in leaves) == 0:
         raise ValueError(
             "x0 has nothing to minimize over: it needs at least one floating-point or complex "
-            f"array with at least one entry, and its leaves are {_describe(x0)}. "
-            "Write 0.0 for 0, or convert with jnp.asarray(x0, float)."
+            f"array with at least one entry, and its leaves are {_describe(x0)}. {_remedy(x0)}"
         )
     with jax.numpy_dtype_promotion("standard"):
         promoted = jnp.result_type(*leaves)
@@ -230,6 +234,17 @@ def make_variables(x0: PyTree, flatten: bool) -> Variables:
     working = jnp.dtype(jnp.float32) if real.itemsize < 4 else real
     template = jax.tree.map(lambda leaf: jax.eval_shape(jnp.asarray, leaf), inexact)
     return Variables(template, static, working, flatten)
+
+
+def _remedy(x0: PyTree) -> str:
+    for leaf in jax.tree.leaves(x0):
+        if dataclasses.is_dataclass(leaf) or isinstance(leaf, types.SimpleNamespace):
+            name = type(leaf).__name__
+            return (
+                f"{name} is no PyTree: register it with jax.tree_util.register_dataclass, make it "
+                "an equinox.Module, or pass a dict."
+            )
+    return "Write 0.0 for 0, or convert with jnp.asarray(x0, float)."
 
 
 def make_problem(
@@ -263,6 +278,7 @@ def make_problem(
 def split_theta(theta: PyTree) -> tuple[list[Array], Any, PyTree]:
     """Return the leaves that one can differentiate by, their structure, and everything else."""
     inexact, static = eqx.partition(theta, _vector.is_inexact)
+    check_dtypes("theta", jax.tree.leaves(inexact))
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, inexact))
     return leaves, structure, static
 
