@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 from jaxtyping import Array, PyTree
 
@@ -79,7 +80,7 @@ def trace(fun: Callable, *args: Array) -> tuple[Program, PyTree]:
 
     jaxpr = jax.make_jaxpr(opened)(consts, *args)
     program = Program(jaxpr, jax.tree.structure(dynamic), static)
-    if not isinstance(jnp.zeros(()), jax.core.Tracer):  # inside jit nothing is looked up later
+    if not isinstance(jnp.zeros(()), Tracer):  # inside jit nothing is looked up later
         _learn(jaxpr.jaxpr, program.rules, _ORDER)  # now: what a rule reads may change
     return program, consts
 
@@ -151,7 +152,9 @@ def _same_calls(a: core.JaxprEqn, b: core.JaxprEqn, rules: _Rules) -> bool:
     if rules.order == 0:
         return True
     mine, theirs = rules.mine.get(id(a)), rules.theirs.get(id(b))
-    return bool(mine and theirs) and _same(mine[1], theirs[1], rules.inner())
+    if mine is None or theirs is None:
+        return False
+    return _same(mine[1], theirs[1], rules.inner())
 
 
 def _learn(jaxpr: core.Jaxpr, known: dict, order: int) -> None:
@@ -168,9 +171,9 @@ def _learn(jaxpr: core.Jaxpr, known: dict, order: int) -> None:
         _learn(inner, known, order)
 
 
-def _traced_rule(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
+def _traced_rule(eqn: Any) -> core.ClosedJaxpr:
     """Trace the derivative of a call, forward or reverse as its rule is."""
-    inputs = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
+    inputs: Any = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
     fixed = eqn.invars[: eqn.params.get("num_consts", 0)]
     outputs = [v for v in eqn.outvars if type(v).__name__ != "DropVar" and _is_inexact(v)]
     args, outs = (

@@ -207,7 +207,7 @@ def _complain(result):
     raise _SolveFailed(messages[result]).with_traceback(_TRACEBACK)
 
 
-def _difflbfgs():
+def _difflbfgs() -> Any:
     yield
 
 
