@@ -186,9 +186,9 @@ def test_an_eager_loop_over_custom_rules_compiles_once():
     scaled.defvjp(lambda x: (x, None), lambda _, g: (rate * g,))
     compiled = []
 
-    def listen(event, duration, **_):
+    def listen(event, duration_secs, **_):
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
+            compiled.append(duration_secs)
 
     def solve(theta):
         x0, options = jnp.ones(2), {"solver": dl.LBFGS(polish=0), "max_steps": 2, "throw": False}

@@ -195,7 +195,8 @@ def _raise_everywhere(failed, result):
     def complain(result):
         jax.debug.callback(_complain, result, partitioned=True)
 
-    jax.lax.cond(*_worst(failed, result), complain, lambda _: None)
+    failed, result = _worst(failed, result)
+    jax.lax.cond(failed, complain, lambda _: None, result)
 
 
 class _SolveFailed(RuntimeError):

@@ -17,13 +17,15 @@ from difflbfgs._vector import Vector
 
 
 class _State(eqx.Module):
-    """Where the solve is; `shown` says that a step was given the point at which it ended.
+    """Where the solve is, and the length of the step that led there.
 
-    Only after that it is over for Optimistix, whose `BestSoFarMinimiser` sees what steps are given.
+    `shown` says that a step was given the point at which the solve ended. Only after that it is
+    over for Optimistix, whose `BestSoFarMinimiser` sees what steps are given.
     """
 
     x0: Vector
     solve: _loop.State
+    length: Array
     shown: Bool[Array, ""]
 
     @property
@@ -108,7 +110,8 @@ class LBFGS(optx.AbstractMinimiser):
         with jax.numpy_dtype_promotion("standard"):
             settings = self._settings(x)
             solve, _ = _loop.trip(problem, _loop.begin(settings, None), settings)
-        return _undifferentiable(_State(x, solve, jnp.asarray(False)))
+        nothing = jnp.zeros_like(solve.line.t)
+        return _undifferentiable(_State(x, solve, nothing, jnp.asarray(False)))
 
     def step(self, fn, y, args, options, state, tags) -> tuple[PyTree, _State, PyTree]:
         """Take a step from `y`; return the new one, and the auxiliary output at the old one.
@@ -129,12 +132,13 @@ class LBFGS(optx.AbstractMinimiser):
         verbose = _print if self.verbose is True else self.verbose
         if verbose:
             verbose(
-                num_steps=("Step", after.ledger.num_steps),
-                loss=("Loss", after.point.f),
-                grad_norm=("Gradient norm", after.point.grad_norm),
-                step_size=("Step size", jnp.where(decision.taken & ~shown, before.line.t, 0)),
+                num_steps=("Step", before.ledger.num_steps),
+                loss=("Loss", before.point.f),
+                grad_norm=("Gradient norm", before.point.grad_norm),
+                step_size=("Step size", state.length),
             )
-        state = _undifferentiable(_State(x0, after, shown))
+        length = jnp.where(decision.taken, before.line.t, 0)
+        state = _undifferentiable(_State(x0, after, length, shown))
         return variables.outside(after.point.x), state, fn(y, args)[1]
 
     def terminate(self, fn, y, args, options, state, tags) -> tuple[Bool[Array, ""], optx.RESULTS]:
