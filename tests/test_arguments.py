@@ -1,8 +1,12 @@
 """Bad input: every error names the argument, the value received and the remedy."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 import optax
 import pytest
 
@@ -128,6 +132,83 @@ def test_an_objective_without_hessian_products_says_what_to_do():
         check(lambda call=call: jax.make_jaxpr(call)(1.0), TypeError, fragments)
 
 
+def root(p):
+    """A solution of `x + x³ = p`, by a loop of unknown length."""
+
+    def newton(x):
+        return x - (x**3 + x - p) / (3 * x**2 + 1)
+
+    return jax.lax.while_loop(lambda x: jnp.abs(x**3 + x - p) > 1e-9, newton, jnp.ones_like(p))
+
+
+@pytest.mark.parametrize(
+    ("call", "fragments"),
+    [
+        (lambda t: dl.minimize(lambda x, t: (root(x) - t) ** 2, 0.5, t).value, ["fun", "by x"]),
+        (
+            lambda t: (
+                dl.minimize(
+                    lambda x, t: (root(x) - t) ** 2, 0.5, t, solver=dl.Unrolled(optax.sgd(0.1), 3)
+                ).value
+            ),
+            ["fun", "by x"],
+        ),
+        (
+            lambda t: dl.value_and_hypergrad(lambda x, _: root(x), lambda x, t: (x - t) ** 2)(
+                t, 0.5
+            ),
+            ["outer", "by x"],
+        ),
+        (
+            jax.grad(lambda t: dl.minimize(lambda x, t: (x - root(t)) ** 2, 0.5, t).value),
+            ["fun", "by theta", "stop_gradient"],
+        ),
+        (
+            jax.grad(lambda t: dl.minimize(lambda x, t: (x - root(t)) ** 2, 0.5, t).objective),
+            ["fun", "by theta", "stop_gradient"],
+        ),
+    ],
+    ids=["fun", "unrolled", "outer", "theta", "theta-objective"],
+)
+def test_an_objective_without_derivatives_says_what_to_do(call, fragments):
+    fragments = [*fragments, "while_loop", "jax.custom_jvp", "jax.lax.scan"]
+    check(lambda: jax.make_jaxpr(call)(1.0), TypeError, fragments)
+
+
+def test_a_callback_needs_as_many_rules_as_there_are_derivatives():
+    shape = jax.ShapeDtypeStruct((), jnp.float64)
+
+    def value(x, t):
+        return jax.pure_callback(lambda x, t: np.asarray((x - t) ** 2), shape, x, t)
+
+    def slope(x, t):
+        return jax.pure_callback(lambda x, t: np.asarray(2 * (x - t)), shape, x, t)
+
+    fun, slope_of_fun = jax.custom_vjp(value), jax.custom_vjp(slope)
+    fun.defvjp(
+        lambda x, t: (fun(x, t), (x, t)),
+        lambda res, g: (g * slope_of_fun(*res), -g * slope_of_fun(*res)),
+    )
+    slope_of_fun.defvjp(lambda x, t: (slope(x, t), None), lambda _, g: (2 * g, -2 * g))
+    plain = {"solver": dl.LBFGS(polish=0)}
+    fragments = ["fun", "no gradient", "callback", "jax.custom_vjp"]
+    check(lambda: dl.minimize(value, 0.0, 1.0), TypeError, fragments)
+    for call in (
+        lambda t: dl.minimize(fun, 0.0, t).value,
+        jax.grad(lambda t: dl.minimize(fun, 0.0, t, **plain).value),
+    ):
+        check(lambda call=call: jax.make_jaxpr(call)(1.0), TypeError, ["fun", "Hess", "polish=0"])
+
+    def solve(t):
+        sol = dl.minimize(fun, 0.0, t, adjoint=dl.QuasiNewtonAdjoint(), **plain)
+        return sol.value + sol.objective, sol.value
+
+    gradient, value = jax.jit(jax.grad(solve, has_aux=True))(3.0)
+    assert jnp.allclose(gradient, 1)
+    assert jnp.allclose(value, 3)
+    check(lambda: jax.make_jaxpr(jax.hessian(lambda t: solve(t)[0]))(3.0), TypeError, ["fun"])
+
+
 def test_errors_are_the_same_under_jit():
     check(
         lambda: jax.jit(lambda x: dl.minimize(lambda x, t: x, x).value)(X0),
@@ -142,3 +223,52 @@ def test_tolerances_may_be_traced():
         for r in (1e-2, 1e-10)
     )
     assert tight <= loose
+
+
+@dataclasses.dataclass
+class Plain:
+    w: object
+
+
+@pytest.mark.parametrize("kind", [Plain, types.SimpleNamespace])
+def test_a_class_that_is_no_pytree_is_told_to_become_one(kind):
+    check(
+        lambda: dl.minimize(lambda x, _: jnp.sum(x.w**2), kind(w=X0)),
+        ValueError,
+        ["x0", kind.__name__, "register_dataclass", "equinox.Module", "dict"],
+    )
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="it is float64 here")
+def test_a_dtype_that_jax_does_not_have_is_named():
+    for kind in (np.longdouble, np.clongdouble):
+        wide = np.ones(2, kind)
+        name = str(wide.dtype)
+        check(lambda x=wide: dl.minimize(fun, x), TypeError, ["x0", name, "numpy.asarray"])
+        check(lambda x=wide: dl.minimize(fun, X0, x), TypeError, ["theta", name, "numpy.asarray"])
+    rtol = np.longdouble(1e-3)
+    check(lambda: dl.LBFGS(rtol=rtol), TypeError, ["rtol", str(rtol.dtype)])
+
+
+def test_unrolled_solvers_of_equal_settings_are_equal():
+    def made(rate, steps=3, maker=optax.sgd):
+        return dl.Unrolled(maker(rate), steps)
+
+    for maker in (optax.sgd, optax.adam):
+        assert made(0.1, maker=maker) == made(0.1, maker=maker)
+        assert hash(made(0.1, maker=maker)) == hash(made(0.1, maker=maker))
+        assert made(0.1, maker=maker) != made(0.2, maker=maker)
+    assert made(0.1) != made(0.1, steps=4)
+    assert made(0.1) != made(0.1, maker=optax.adam)
+    assert made(jnp.asarray(0.1)) != made(jnp.asarray(0.2))
+    assert made(0.1) != dl.LBFGS()
+
+
+def test_a_traced_negative_tolerance_counts_as_zero():
+    def norm(rtol):
+        solver = dl.LBFGS(rtol=rtol, atol=rtol)
+        return dl.minimize(lambda x, _: jnp.sum(jnp.cosh(x - 1)), X0, solver=solver).stats
+
+    solve = jax.jit(norm)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, solve(-0.5), solve(0.0)))
+    assert solve(0.5).num_fun_evals < solve(0.0).num_fun_evals

@@ -218,3 +218,24 @@ def test_state_holds_arrays_only_and_passes_through_transformations():
     thetas = THETA + 0.01 * jnp.arange(4.0)[:, None]
     _, evaluations = jax.lax.scan(step, state, thetas)
     assert jnp.all(evaluations > 0)
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["leaf-not-read", "leaf-of-size-zero"])
+def test_a_loss_may_read_some_leaves_only(empty):
+    x0 = {"a": jnp.zeros(2), "b": jnp.zeros(0 if empty else 3), "c": jnp.zeros(2, complex)}
+
+    def fun(x, t):
+        r = x["c"] - 1j * t
+        return jnp.sum((x["a"] - t) ** 4 + (x["a"] - t) ** 2) + (
+            jnp.sum((x["b"] - 2 * t) ** 2) + jnp.sum(r.real**2 + r.imag**2)
+        )
+
+    def loss(t):
+        x = dl.minimize(fun, x0, t, solver=dl.LBFGS(flatten=False)).value
+        return jnp.sum(x["a"] ** 3) + jnp.sum(x["b"])
+
+    gradient, hessian = jax.jit(jax.vmap(lambda t: (jax.grad(loss)(t), jax.hessian(loss)(t))))(
+        jnp.asarray([1.0, 2.0])
+    )
+    assert jnp.allclose(gradient, jnp.asarray([6.0, 24.0]) + 2 * x0["b"].size)
+    assert jnp.allclose(hessian, jnp.asarray([12.0, 24.0]))

@@ -79,6 +79,7 @@ ADJOINTS = {
         )
     ),
     "refined": dl.QuasiNewtonAdjoint(refine=100),
+    "with a small ridge": dl.ImplicitAdjoint(ridge=1e-9),
 }
 
 

@@ -199,6 +199,33 @@ def test_a_failure_raises():
     assert sol.stats["num_steps"] == 3
 
 
+def test_best_so_far_sees_the_last_point():
+    best = optx.BestSoFarMinimiser(LBFGS(1e-5, 1e-5))
+    for start in (0.0, 3.0):  # one step away, and there already
+        sol = optx.minimise(lambda y, a: (y - a) ** 2, best, jnp.array(start), 3.0)
+        np.testing.assert_allclose(sol.value, 3, rtol=1e-5)
+
+
+def test_a_step_goes_on_from_the_y_that_it_is_given():
+    def fn(y, _):
+        return jnp.sum((y - 3.0) ** 2 * jnp.arange(1.0, 3.0)), None
+
+    y, nothing = jnp.zeros(2), frozenset()
+    struct = jax.eval_shape(fn, y, None)[0]
+    state = jax.jit(lambda y: SOLVER.init(fn, y, None, {}, struct, None, nothing))(y)
+    step = jax.jit(lambda y, state: SOLVER.step(fn, y, None, {}, state, nothing)[:2])
+    for _ in range(30):
+        y, state = step(y, state)
+        y = jnp.clip(y, 0.0, 2.0)
+    np.testing.assert_allclose(y, 2)
+    y, state = step(y, state)
+    kept, moved = step(y, state)[1], step(jnp.ones(2), state)[1]
+    assert kept.f_info.f <= state.f_info.f
+    assert moved.f_info.f == fn(jnp.ones(2), None)[0]
+    assert moved.solve.ledger.num_fun_evals == state.solve.ledger.num_fun_evals + 1
+    assert moved.num_accepted_steps == state.num_accepted_steps
+
+
 def test_settings(capfd):
     import optax
 

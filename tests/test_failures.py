@@ -65,6 +65,35 @@ def test_a_solve_stopped_early_raises(transformed):
     assert "maximum number of solver steps" in raises(transformed, THETA)
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, jax.grad, batch], ids=["plain", "grad", "vmap"])
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_the_message_of_a_failed_solve_is_short(transform, jitted):
+    function = transform(loss(**STOPPED))
+    message = dl.RESULTS[dl.RESULTS.max_steps_reached]
+    with pytest.raises(RuntimeError) as caught:
+        jax.block_until_ready((jax.jit(function) if jitted else function)(THETA))
+    text = str(caught.value)
+    if not jitted:
+        assert type(caught.value) is RuntimeError
+        assert text == message
+        assert caught.value.__suppress_context__
+    assert text.endswith(message)
+    assert text.count(message) == 1
+    assert text.count("File ") <= 1  # JAX names one file, no stack
+    assert len(text) < len(message) + 300
+
+
+def test_a_user_s_own_error_stays_what_it_is():
+    class Stop(Exception):
+        pass
+
+    def stop(step):
+        raise Stop("enough")
+
+    with pytest.raises(Exception, match="Stop: enough"):
+        jax.block_until_ready(dl.minimize(ridge, jnp.zeros(5), THETA, callback=stop).value)
+
+
 @pytest.mark.parametrize(
     "transformed",
     [

@@ -4,9 +4,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import difflbfgs as dl
+from difflbfgs._program import trace
 
 
 def objective(x, theta):
@@ -103,3 +105,100 @@ def test_a_positive_definite_matrix_is_not_decomposed():
     name = re.search(r"^%([\w.-]+) ", computations[0], re.MULTILINE)
     assert name is not None
     assert name[1] in bodies
+
+
+def traced(activation):
+    return trace(lambda x: jnp.sum(activation(x)), jnp.ones(3))[0]
+
+
+RATE = 2.0
+
+
+def forward_rule(rate, inner=lambda x: x**2):
+    @jax.custom_jvp
+    def square(x):
+        return x**2
+
+    @square.defjvp
+    def rule(primals, tangents):
+        return square(primals[0]), rate() * inner(primals[0]) * tangents[0]
+
+    return square
+
+
+def reverse_rule(bound):
+    @jax.custom_vjp
+    def identity(x):
+        return x
+
+    identity.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -bound, bound),))
+    return identity
+
+
+def test_programs_are_equal_only_if_their_custom_rules_are(monkeypatch):
+    assert traced(forward_rule(lambda: 2.0)) == traced(forward_rule(lambda: 2.0))
+    assert traced(forward_rule(lambda: 2.0)) != traced(forward_rule(lambda: 3.0))
+    assert traced(reverse_rule(1.0)) == traced(reverse_rule(1.0))
+    assert traced(reverse_rule(1.0)) != traced(reverse_rule(2.0))
+    # The same function, but a global that its rule reads has changed.
+    function = forward_rule(lambda: RATE)
+    before = traced(function)
+    assert before == traced(function)
+    monkeypatch.setitem(globals(), "RATE", 3.0)
+    assert before != traced(function)
+    # The same rule, in which another custom rule differs: the second derivative.
+    two, three = (forward_rule(lambda rate=rate: rate) for rate in (2.0, 3.0))
+    assert traced(forward_rule(lambda: 1.0, two)) == traced(forward_rule(lambda: 1.0, two))
+    assert traced(forward_rule(lambda: 1.0, two)) != traced(forward_rule(lambda: 1.0, three))
+    # A closure, also inside a nested program.
+    jitted = [jax.jit(forward_rule(lambda rate=rate: rate)) for rate in (2.0, 3.0)]
+    assert traced(jitted[0]) != traced(jitted[1])
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        jax.nn.relu,
+        jax.nn.relu6,
+        jax.nn.silu,
+        lambda x: jnp.logaddexp(0.0, x),
+        lambda x: jax.scipy.special.xlogy(x**2, x**2 + 1),
+        lambda x: jax.scipy.special.entr(x**2 + 1),
+        jax.scipy.special.log_ndtr,
+        jax.scipy.stats.norm.logcdf,
+        lambda x: optax.sigmoid_binary_cross_entropy(x, 0.3),
+        lambda x: optax.safe_norm(x, 1e-3),
+    ],
+)
+def test_objectives_with_custom_rules_are_known_again(activation):
+    first, second = traced(activation), traced(lambda x: activation(x))
+    assert first == second
+    assert hash(first) == hash(second)
+
+
+def test_an_eager_loop_over_custom_rules_compiles_once():
+    rate = 1.0
+
+    @jax.custom_vjp
+    def scaled(x):
+        return x
+
+    scaled.defvjp(lambda x: (x, None), lambda _, g: (rate * g,))
+    compiled = []
+
+    def listen(event, duration_secs, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration_secs)
+
+    def solve(theta):
+        x0, options = jnp.ones(2), {"solver": dl.LBFGS(polish=0), "max_steps": 2, "throw": False}
+        return dl.minimize(lambda x, t: jnp.sum(scaled(x) ** 2 + t * x), x0, theta, **options).value
+
+    first = solve(1.0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    again = [solve(1.0 + k) for k in range(3)]
+    assert not compiled
+    assert jnp.array_equal(first, again[0])
+    rate = -1.0  # what the closure holds has changed
+    assert not jnp.array_equal(solve(1.0), first)
+    assert compiled

@@ -125,6 +125,41 @@ def test_the_default_refuses_a_bare_jvp():
         jax.jvp(lambda t: minimizer(REVERSE)(t).value, (THETA,), (THETA,))
 
 
+@jax.custom_vjp
+def square(x):
+    return x**2
+
+
+square.defvjp(lambda x: (x**2, x), lambda x, g: (2 * g * x,))
+
+
+@pytest.mark.parametrize("transform", ["hessian", "jacfwd", "hypergradient"])
+def test_reverse_mode_is_enough(transform):
+    """An objective with a `jax.custom_vjp` has no forward mode; here parameters are mixed too."""
+
+    def fun(x, theta):
+        return jnp.sum(square(x - theta[0] * theta[1].imag)) + jnp.sum(x**2)
+
+    def made(t):
+        return t, jax.lax.complex(0.5 * t[0], t[1]).astype(jnp.complex64)
+
+    x0, theta = jnp.zeros(2, jnp.float32), jnp.asarray([0.5, 1.5], jnp.float32)
+    options = {"solver": dl.LBFGS(polish=0)}
+    if transform == "hypergradient":
+        step = dl.value_and_hypergrad(lambda x, t: jnp.sum(square(x)), fun, **options)
+        derivative, scale = jax.grad(lambda t: step(made(t), x0)[0]), 0.25
+    else:
+        adjoint = FORWARD if transform == "jacfwd" else REVERSE
+        derivative = getattr(jax, transform)(
+            lambda t: dl.minimize(fun, x0, made(t), adjoint=adjoint, **options).objective
+        )
+        scale = 0.5
+    exact = jax.hessian if transform == "hessian" else jax.grad
+    found, right = jax.jit(derivative)(theta), exact(lambda t: scale * t[1] ** 2 * t @ t)(theta)
+    assert found.dtype == jnp.float32
+    assert relative_error(found, right) < 1e-5
+
+
 def test_the_derivative_of_the_objective_alone_solves_no_adjoint_system():
     text = jax.jit(jax.grad(objective(REVERSE))).lower(THETA).compile().as_text()
     full = jax.jit(jax.grad(outer_loss(REVERSE))).lower(THETA).compile().as_text()

@@ -47,6 +47,11 @@ class AbstractAdjoint(eqx.Module):
     preconditioner: eqx.AbstractVar[Any]
     approximate: eqx.AbstractVar[Any]
 
+    @property
+    def needs_products(self) -> bool:
+        """Whether a solve with the Hessian multiplies by it."""
+        return True
+
     @abc.abstractmethod
     def system(
         self,
@@ -221,6 +226,11 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
 
     def __check_init__(self):
         check_natural_number("refine", self.refine)
+
+    @property
+    def needs_products(self) -> bool:
+        """Whether a solve with the Hessian multiplies by it."""
+        return self.refine > 0
 
     def system(self, operator, slack, preconditioner):
         """Return `H u = v`, ready to be solved."""

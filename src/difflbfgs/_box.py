@@ -112,6 +112,11 @@ class Face(eqx.Module):
         """The leaves that one can differentiate by."""
         return self.problem.theta
 
+    @property
+    def name(self) -> str:
+        """What its user calls the objective."""
+        return self.problem.name
+
     def at(self, theta: list[Array]) -> "Face":
         """Return the face with other values for the inexact leaves of `theta`."""
         return self.of_problem(self.problem.at(theta))
@@ -133,23 +138,32 @@ class Face(eqx.Module):
 
     def product(self, x: Vector, p: Vector) -> Vector:
         """Return the Hessian-vector product of `φ`."""
-        hp = self.problem.product(self._placed(x), masked(self.active, p))
+        return self._beside(self.problem.product(self._placed(x), self.free(p)), p)
 
-        def part(active, hp, p):
-            return jnp.where(active == 0, hp, self.curvature * p)
+    def product_if_any(self, x: Vector, p: Vector) -> Vector:
+        """Return the product, or zero for the free variables if there is none."""
+        return self._beside(self.problem.product_if_any(self._placed(x), self.free(p)), p)
 
-        return jax.tree.map(part, self.active, hp, p)
+    def free(self, v: Vector) -> Vector:
+        """Return `v` with zeros at the active variables."""
+        return masked(self.active, v)
 
     def restricted(self, inverse: Callable[[Vector], Vector]) -> Callable[[Vector], Vector]:
         """Return an approximate inverse of `H`, cut to the face, with `1/κ` beside it."""
 
         def apply(v):
-            free = inverse(masked(self.active, v))
+            free = inverse(self.free(v))
             return jax.tree.map(
                 lambda a, u, v: jnp.where(a == 0, u, v / self.curvature), self.active, free, v
             )
 
         return apply
+
+    def _beside(self, hp: Vector, p: Vector) -> Vector:
+        """Return `hp` for the free variables, and `κ p` for the others."""
+        return jax.tree.map(
+            lambda a, hp, p: jnp.where(a == 0, hp, self.curvature * p), self.active, hp, p
+        )
 
     def _bounds(self) -> Vector:
         """Return the bounds that are active, and zero elsewhere."""

@@ -25,7 +25,7 @@ from difflbfgs import _adjoint, _box, _vector
 from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._linear import Accuracy, Dense, Report, System
 from difflbfgs._operator import SymmetricOperator
-from difflbfgs._problem import Problem, interior
+from difflbfgs._problem import Problem, differentiation, interior
 from difflbfgs._rule import Task
 from difflbfgs._solution import RESULTS, Outcome, count, has_converged
 from difflbfgs._vector import Count, Scalar, Vector
@@ -60,21 +60,25 @@ class _Estimate(eqx.Module):
     max_curvature: Scalar
 
 
-@interior()
 def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) -> Certified:
     """Solve `inner`, and differentiate `outer` at its minimizer by `theta`."""
+    with interior(inner.name):
+        return _certified(task, inner, outer, start)
+
+
+def _certified(task, inner, outer, start):
     outcome = task.solve(inner)
     x = outcome.x
     inner = task.on_face(inner, outcome)
     H = SymmetricOperator.of(lambda p: inner.product(x, p), x)
     ridge = task.adjoint.ridge
-    shifted = H if _is_nothing(ridge) else _shifted(H, ridge, x)
+    shifted = H if _is_nothing(ridge) else _shifted(H, ridge, inner.free, x)
     system = task.system(inner, shifted, outcome)
     value, v = outer.value_and_gradient(x)
     u, report = task.solve_system(system, outcome, v, start)
     trusted = task.trusts(outcome) & (report.result == RESULTS.successful)
     _, left, gradient = _derivatives(inner, outer, x, u)
-    residual = system.length(_vector.add_scaled(left, -ridge, u))
+    residual = system.length(_vector.add_scaled(left, -ridge, inner.free(u)))
     residual = residual / _vector.nonzero(system.length(v))
     shared = shifted is H and isinstance(system.solver, Dense | ConjugateGradient)
     if not shared:
@@ -107,7 +111,8 @@ def _derivatives(inner, outer, x, u):
     """Return `∇f(x)`, `∇F(x) - H u` and `∂L/∂θ` at `(x, u)`."""
 
     def gradients(problem, x):
-        return jax.grad(lambda x, theta: problem.at(theta).value(x), (0, 1))(x, inner.theta)
+        with differentiation(problem.name):
+            return jax.grad(lambda x, theta: problem.at(theta).value(x), (0, 1))(x, inner.theta)
 
     # Forward mode goes over reverse mode: under a `custom_vjp` in `f` the other way is barred.
     (g, _), along_u = jax.jvp(lambda x: gradients(inner, x), (x,), (u,))
@@ -188,6 +193,6 @@ def _is_nothing(ridge: Any) -> bool:
     return isinstance(ridge, float | int) and ridge == 0
 
 
-def _shifted(H, ridge, like):
-    """Return `H + ridge I`."""
-    return SymmetricOperator.of(lambda p: _vector.add_scaled(H.mv(p), ridge, p), like)
+def _shifted(H, ridge, free, like):
+    """Return `H + ridge I`, `I` being that of the free variables."""
+    return SymmetricOperator.of(lambda p: _vector.add_scaled(H.mv(p), ridge, free(p)), like)

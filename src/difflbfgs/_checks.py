@@ -5,10 +5,16 @@ from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
 _T = TypeVar("_T")
+
+_WITHOUT = {np.dtype(np.longdouble), np.dtype(np.clongdouble)} - {
+    np.dtype(np.float64),
+    np.dtype(np.complex128),
+}
 
 
 def no_type_check(checked: _T) -> _T:
@@ -38,10 +44,22 @@ def check_tolerance(name: str, value: Any, optional: bool = False) -> None:
     remedy = f"Pass a nonnegative number such as 1e-6{alternative}."
     if value is None or isinstance(value, bool) or not eqx.is_array_like(value):
         raise TypeError(f"{name} must be a real number, got {value!r}. {remedy}")
+    check_dtypes(name, [value])
     if jnp.shape(value) != () or jnp.iscomplexobj(value):
         raise ValueError(f"{name} must be a real scalar, got {value!r}. {remedy}")
     if not isinstance(value, Tracer) and not 0 <= float(value) < float("inf"):
         raise ValueError(f"{name} must be nonnegative and finite, got {value!r}. {remedy}")
+
+
+def check_dtypes(name: str, leaves: list[Any]) -> None:
+    """Raise a `TypeError` if an array has a dtype that JAX does not, as `numpy.longdouble` is."""
+    for leaf in leaves:
+        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype in _WITHOUT:
+            kind = "complex" if np.iscomplexobj(leaf) else "float"
+            raise TypeError(
+                f"{name} has a leaf of dtype {leaf.dtype}, which JAX does not have. Convert it, "
+                f"for example with numpy.asarray({name}, {kind})."
+            )
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -24,7 +24,7 @@ from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._minimize import make_solution, make_task, with_bounds
 from difflbfgs._problem import Problem, make_problem, make_variables, split_theta
 from difflbfgs._rule import Task
-from difflbfgs._solution import Solution
+from difflbfgs._solution import Solution, short_errors
 from difflbfgs._vector import Scalar, Vector
 
 
@@ -176,7 +176,8 @@ def value_and_hypergrad(
         warm = None if state is None else state.solve
         task = make_task(variables, x, warm, theta, solver, adjoint, max_steps, throw)
         u = None if state is None else jax.lax.stop_gradient(state.adjoint)
-        found = _compiled(task, u, problems)
+        with short_errors():
+            found = _compiled(task, u, problems)
         info = HypergradInfo(
             solution=make_solution(variables, found.outcome),
             state=HypergradState(found.outcome.state, found.u),
@@ -216,7 +217,7 @@ def _once_jvp(static, primals, tangents):
         inner = task.on_face(inner, found.outcome)
         return _certificate.lagrangian(inner, outer, found.outcome.x, found.u)
 
-    _, tangent = jax.jvp(value, (params,), (tangents[0],))
+    tangent = _rule.directional(value, params, tangents[0])
     trusted = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in found.gradient]))
     poison = _rule.spoil(_weighted_sum(tangents[0]), jnp.asarray(False))
 

@@ -54,7 +54,8 @@ class LBFGS(eqx.Module):
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if a tolerance is negative, or a count too small.
+        ValueError: if a tolerance is negative, or a count too small. A traced tolerance that is
+            negative counts as 0.
     """
 
     rtol: Any = None

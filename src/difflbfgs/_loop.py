@@ -122,7 +122,9 @@ def make_settings(
     default = _vector.epsilon(x0) ** 0.5
     rtol = default if solver.rtol is None else solver.rtol
     noise = 0.0 if solver.noise is None else solver.noise
-    terms = Terms(rtol, solver.atol, noise, solver.polish, max_steps)
+    # Of a traced tolerance nobody could see that it is negative.
+    rtol, atol, noise = (jnp.maximum(least, 0) for least in (rtol, solver.atol, noise))
+    terms = Terms(rtol, atol, noise, solver.polish, max_steps)
     return Settings(solver, terms, x0 if box is None else box.project(x0), box)
 
 
@@ -285,7 +287,7 @@ def _with_newton_step(
         return face.product(now.point.x, p)
 
     def ask():
-        rtol = jnp.maximum(jnp.asarray(settings.terms.rtol, now.slope.dtype), 0)
+        rtol = jnp.asarray(settings.terms.rtol, now.slope.dtype)
         point, ledger = now.point, now.ledger
         curvature = _vector.nonzero(ledger.scale.curvature)
         guess = _vector.where(now.slope < 0, -now.slope, point.grad_norm**2 / curvature)

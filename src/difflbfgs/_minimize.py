@@ -1,5 +1,6 @@
 """`minimize`: from the user's problem through border, solver and rule to a `Solution`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from difflbfgs._problem import (
     make_variables,
 )
 from difflbfgs._rule import Task
-from difflbfgs._solution import Outcome, Solution
+from difflbfgs._solution import Outcome, Solution, short_errors
 from difflbfgs._unrolled import Unrolled, UnrolledState
 from difflbfgs._vector import Vector
 
@@ -56,8 +57,8 @@ def minimize(
     them. Values that `fun` closes over are differentiated like those in `theta`.
 
     Every call traces `fun`. Outside `jax.jit` the solve is compiled once for all objectives that
-    trace to the same program; one with custom derivative rules in it, such as `jax.nn.relu`, is
-    compiled at every call, a second or so, unless the caller uses `jax.jit`.
+    trace to the same program. Custom derivative rules, such as that of `jax.nn.relu`, are traced as
+    well there, up to the fourth derivative, which takes 10 to 100 ms a call.
 
     Args:
         fun: the objective, `fun(x, theta)`, a real scalar; a pair `(objective, aux)` under
@@ -123,13 +124,16 @@ def minimize(
         if state is not None:
             check_same_shape(state.x, x)
         outcome = _unrolled.run(problem, x, jax.lax.stop_gradient(state), solver)
-        outcome = outcome.raised() if throw else outcome
+        if throw:
+            with short_errors():
+                outcome = _raised(outcome)
     else:
         _check_state(state, WarmStart)
         task = make_task(
             variables, x, state, theta, solver, adjoint, max_steps, throw, callback=callback
         )
-        outcome = _solve_differentiably(task, problem)
+        with short_errors():
+            outcome = _solve_differentiably(task, problem)
     return make_solution(variables, outcome, problem.aux(outcome.x) if has_aux else None)
 
 
@@ -188,7 +192,7 @@ def with_bounds(
             "drop bounds and change variables."
         )
     made = make_bounds(bounds, theta, variables, x0)
-    return Problem(problem.program, problem.theta, problem.consts, made)
+    return dataclasses.replace(problem, bounds=made)
 
 
 def make_solution(variables: Variables, outcome: Outcome, aux: PyTree = None) -> Solution:
@@ -208,6 +212,9 @@ def make_solution(variables: Variables, outcome: Outcome, aux: PyTree = None) ->
 def _solve_differentiably(task: Task, problem: Problem) -> Outcome:
     """Solve, as one compiled program also where the user did not ask for `jit`."""
     return task.adjoint.differentiable(task, problem)
+
+
+_raised = eqx.filter_jit(Outcome.raised)
 
 
 def _check_state(state, kind) -> None:

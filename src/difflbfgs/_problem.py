@@ -6,8 +6,11 @@ closures and auxiliary outputs are dealt with here and nowhere else.
 """
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import math
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +21,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from difflbfgs import _vector
+from difflbfgs._checks import check_dtypes
 from difflbfgs._program import Program, contains, trace
 from difflbfgs._vector import Scalar, Vector
 
@@ -31,15 +35,20 @@ class Problem(eqx.Module):
     program: Program = eqx.field(static=True)
     theta: list[Array]
     consts: PyTree
+    name: str = eqx.field(static=True)
     bounds: Any = None
 
     def at(self, theta: list[Array]) -> "Problem":
         """Return the problem with other values for the inexact leaves of `theta`."""
-        return Problem(self.program, theta, self.consts, self.bounds)
+        return Problem(self.program, theta, self.consts, self.name, self.bounds)
 
     def box(self) -> Any:
         """Return the bounds as a `Box`, or `None`."""
         return None if self.bounds is None else self.bounds.box(self.theta)
+
+    def free(self, v: Vector) -> Vector:
+        """Return the part of `v` that no bound holds: all of it, see `Face`."""
+        return v
 
     def objective(self, x: Vector) -> tuple[Scalar, PyTree]:
         """Return `f(x)` and the auxiliary output."""
@@ -55,22 +64,32 @@ class Problem(eqx.Module):
 
     def gradient(self, x: Vector) -> Vector:
         """Return the gradient of `f` at `x`."""
+        self._check(_value_and_gradient, _NO_GRADIENT, x)
         return jax.grad(self.value)(x)
 
     def value_and_gradient(self, x: Vector) -> tuple[Scalar, Vector]:
         """Return `f` and its gradient at `x`."""
+        self._check(_value_and_gradient, _NO_GRADIENT, x)
         return _value_and_gradient(self, x)
 
     def product(self, x: Vector, p: Vector) -> Vector:
-        """Return the Hessian-vector product `H(x) p`.
-
-        Raises:
-            TypeError: if JAX has the product as a placeholder only, at whose use it would raise.
-        """
-        program: Any = jax.make_jaxpr(_product)(self, x, p)  # which is traced once, and kept
-        if contains(program.jaxpr, "custom_lin"):
-            raise TypeError(_NO_PRODUCT)
+        """Return the Hessian-vector product `H(x) p`."""
+        self._check(_product, _NO_PRODUCT, x, p)
         return _product(self, x, p)
+
+    def product_if_any(self, x: Vector, p: Vector) -> Vector:
+        """Return the product, or zero if there is none; a derivative of that raises."""
+        try:
+            return self.product(x, p)
+        except TypeError as error:
+            return _no_product(str(error), jax.tree.map(jnp.zeros_like, p), x)
+
+    def _check(self, derivative: Callable, message: str, *args: Vector) -> None:
+        """Raise a `TypeError` unless JAX can compute this derivative of the objective."""
+        with _explained(message, self.name):
+            program: Any = jax.make_jaxpr(derivative)(self, *args)  # traced once, and kept
+            if contains(program.jaxpr, "custom_lin"):  # which would raise as soon as it is used
+                raise TypeError(_NO_FORWARD_MODE)
 
 
 # What is asked of an objective is traced once for all who ask: these are nested programs.
@@ -83,34 +102,82 @@ def _value_and_gradient(problem: Problem, x: Vector) -> tuple[Scalar, Vector]:
 
 @jax.jit
 def _product(problem: Problem, x: Vector, p: Vector) -> Vector:
-    return jax.jvp(problem.gradient, (x,), (p,))[1]
+    return jax.jvp(jax.grad(problem.value), (x,), (p,))[1]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _no_product(message: str, zero: Vector, x: Vector) -> Vector:
+    return zero
+
+
+@_no_product.defjvp
+def _no_product_jvp(message, primals, tangents):
+    raise TypeError(message)
 
 
 @contextlib.contextmanager
-def interior() -> Iterator[None]:
-    """Compute with the problem as this library does: in full precision, with errors explained.
+def interior(name: str) -> Iterator[None]:
+    """Compute with the user's function of this name as this library does: in full precision.
 
-    What the objective computes is traced already, in the precision of matrix products that its
-    user chose.
+    What it computes is traced already, in the precision of matrix products that its user chose.
 
     Raises:
-        TypeError: if JAX has no derivative of the gradient, and it is asked for.
+        TypeError: if its Hessian-vector products have no derivative, and that is asked for.
     """
     try:
         with jax.default_matmul_precision("highest"):
             yield
     except TypeError as error:
-        if "custom_vjp function" in str(error):
-            raise TypeError(_NO_PRODUCT) from error
+        if str(error).startswith(_NO_FORWARD_MODE):
+            raise TypeError(_text(_NO_PRODUCT, name, error)) from error
         raise
 
 
-_NO_PRODUCT = (
-    "The objective has no Hessian-vector products, which the Newton polish and the implicit "
-    "derivative need: JAX can't apply forward-mode autodiff (jvp) to a custom_vjp function in its "
-    "gradient. Write that as a jax.custom_jvp; in Diffrax choose adjoint=diffrax.DirectAdjoint(). "
-    "To minimize without a derivative, solver=LBFGS(polish=0) is enough."
+def differentiation(name: str) -> contextlib.AbstractContextManager[None]:
+    """Differentiate the user's function of this name by `theta`.
+
+    Raises:
+        TypeError: if JAX can't do that.
+    """
+    return _explained(_NO_THETA, name)
+
+
+@contextlib.contextmanager
+def _explained(message: str, name: str) -> Iterator[None]:
+    """Say what an objective lacks if JAX can't differentiate it; its value is traced already."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise TypeError(_text(message, name, error)) from error
+
+
+def _text(message: str, name: str, error: Exception) -> str:
+    said = str(error).strip().split("\n")[0].rstrip(".")
+    return message.format(name=name, said=said)
+
+
+_WAY_OUT = (
+    "A loop of fixed length (jax.lax.scan, or jax.lax.fori_loop between Python integers) has all "
+    "derivatives; to a jax.lax.while_loop or a callback give one by jax.custom_jvp"
 )
+_NO_GRADIENT = (
+    "{name} has no gradient by x in reverse mode, which every solve needs. JAX says: {said}. "
+    + _WAY_OUT
+    + " or jax.custom_vjp."
+)
+_NO_PRODUCT = (
+    "{name} has no Hessian-vector products, which the Newton polish and the implicit derivative "
+    "need. JAX says: {said}. Write a jax.custom_vjp as a jax.custom_jvp; in Diffrax choose "
+    "adjoint=diffrax.DirectAdjoint(). "
+    + _WAY_OUT
+    + ", and its gradient too. To minimize without a derivative, solver=LBFGS(polish=0) is enough."
+)
+_NO_THETA = (
+    "{name} can't be differentiated by theta, or by what it closes over, as this derivative of the "
+    "solve needs. JAX says: {said}. " + _WAY_OUT + ", and its gradient too. What needs no "
+    "derivative goes through jax.lax.stop_gradient."
+)
+_NO_FORWARD_MODE = "can't apply forward-mode autodiff (jvp) to a custom_vjp function"
 
 
 class Variables(eqx.Module):
@@ -174,14 +241,15 @@ def make_variables(x0: PyTree, flatten: bool) -> Variables:
 
     Raises:
         ValueError: if `x0` has no inexact array leaf, or none with an entry.
+        TypeError: if one has a dtype that JAX does not have.
     """
     inexact, static = eqx.partition(x0, _vector.is_inexact)
     leaves = jax.tree.leaves(inexact)
+    check_dtypes("x0", leaves)
     if sum(jnp.size(leaf) for leaf in leaves) == 0:
         raise ValueError(
             "x0 has nothing to minimize over: it needs at least one floating-point or complex "
-            f"array with at least one entry, and its leaves are {_describe(x0)}. "
-            "Write 0.0 for 0, or convert with jnp.asarray(x0, float)."
+            f"array with at least one entry, and its leaves are {_describe(x0)}. {_remedy(x0)}"
         )
     with jax.numpy_dtype_promotion("standard"):
         promoted = jnp.result_type(*leaves)
@@ -189,6 +257,17 @@ def make_variables(x0: PyTree, flatten: bool) -> Variables:
     working = jnp.dtype(jnp.float32) if real.itemsize < 4 else real
     template = jax.tree.map(lambda leaf: jax.eval_shape(jnp.asarray, leaf), inexact)
     return Variables(template, static, working, flatten)
+
+
+def _remedy(x0: PyTree) -> str:
+    for leaf in jax.tree.leaves(x0):
+        if dataclasses.is_dataclass(leaf) or isinstance(leaf, types.SimpleNamespace):
+            name = type(leaf).__name__
+            return (
+                f"{name} is no PyTree: register it with jax.tree_util.register_dataclass, make it "
+                "an equinox.Module, or pass a dict."
+            )
+    return "Write 0.0 for 0, or convert with jnp.asarray(x0, float)."
 
 
 def make_problem(
@@ -216,12 +295,13 @@ def make_problem(
         return _check_value(name, value).astype(variables.dtype), aux
 
     program, consts = trace(objective, *parameters, *entries)
-    return Problem(program, parameters, consts)
+    return Problem(program, parameters, consts, name)
 
 
 def split_theta(theta: PyTree) -> tuple[list[Array], Any, PyTree]:
     """Return the leaves that one can differentiate by, their structure, and everything else."""
     inexact, static = eqx.partition(theta, _vector.is_inexact)
+    check_dtypes("theta", jax.tree.leaves(inexact))
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, inexact))
     return leaves, structure, static
 

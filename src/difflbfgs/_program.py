@@ -2,17 +2,36 @@
 
 The user's objective is traced anew at every call, so that nothing it reads can go stale. Compiled
 programs are looked up by what was traced: a loop without `jit` compiles once, and a changed global
-compiles again.
+compiles again. Custom derivative rules are looked up by what they make of tangents and cotangents,
+and so are the custom rules in that, up to the fourth derivative.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 from jaxtyping import Array, PyTree
+
+_RULED = ("custom_jvp_call", "custom_vjp_call")
+_PLAIN = ("call_jaxpr", "num_consts", "symbolic_zeros")  # what these have beside their rule
+_ORDER = 4  # of the derivatives that are compared; a solve has two, a derivative of it one more
+
+
+class _Rules(NamedTuple):
+    """To which order of derivatives custom rules are compared, and those traced for that."""
+
+    order: int
+    mine: dict
+    theirs: dict
+
+    def inner(self) -> "_Rules":
+        """Return what is left for the calls inside a rule."""
+        return self._replace(order=self.order - 1)
 
 
 class Program:
@@ -22,6 +41,7 @@ class Program:
         self.jaxpr = jaxpr
         self.structure = structure
         self.static = static
+        self.rules: dict = {}
 
     def __call__(self, consts: PyTree, *args: Array) -> PyTree:
         """Run the program."""
@@ -29,11 +49,13 @@ class Program:
         return eqx.combine(jax.tree.unflatten(self.structure, out), self.static)
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Program)
-            and self.structure == other.structure
-            and _same(self.static, other.static)
-            and _same(self.jaxpr, other.jaxpr)
+        if self is other or not isinstance(other, Program):
+            return self is other
+        rules = _Rules(_ORDER, self.rules, other.rules)
+        return (
+            self.structure == other.structure
+            and _same(self.static, other.static, rules)
+            and _same(self.jaxpr, other.jaxpr, rules)
         )
 
     def __hash__(self) -> int:
@@ -57,7 +79,10 @@ def trace(fun: Callable, *args: Array) -> tuple[Program, PyTree]:
         return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))(*args)
 
     jaxpr = jax.make_jaxpr(opened)(consts, *args)
-    return Program(jaxpr, jax.tree.structure(dynamic), static), consts
+    program = Program(jaxpr, jax.tree.structure(dynamic), static)
+    if not isinstance(jnp.zeros(()), Tracer):  # inside jit nothing is looked up later
+        _learn(jaxpr.jaxpr, program.rules, _ORDER)  # now: what a rule reads may change
+    return program, consts
 
 
 def _check_alone(closed: core.ClosedJaxpr, inputs: list) -> None:
@@ -93,7 +118,7 @@ def contains(jaxpr: core.Jaxpr, primitive: str) -> bool:
     return primitive in names or any(contains(part, primitive) for part in inner)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Any, b: Any, rules: _Rules) -> bool:
     """Return whether two values of jaxpr parameters certainly mean the same."""
     if a is b:
         return True
@@ -102,11 +127,11 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, core.Jaxpr | core.ClosedJaxpr):
         consts, others = getattr(a, "consts", ()), getattr(b, "consts", ())
         inner: Any = getattr(a, "jaxpr", a)
-        return _same(consts, others) and _same_jaxpr(inner, getattr(b, "jaxpr", b))
+        return _same(consts, others, rules) and _same_jaxpr(inner, getattr(b, "jaxpr", b), rules)
     if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(_same(x, y, rules) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return list(a) == list(b) and all(_same(a[key], b[key]) for key in a)
+        return list(a) == list(b) and all(_same(a[key], b[key], rules) for key in a)
     if isinstance(a, jax.Array | np.ndarray):
         return False  # not the same object: not worth a comparison
     if isinstance(a, float | complex | np.generic):
@@ -117,7 +142,69 @@ def _same(a: Any, b: Any) -> bool:
         return False
 
 
-def _same_jaxpr(a: core.Jaxpr, b: core.Jaxpr) -> bool:
+def _same_calls(a: core.JaxprEqn, b: core.JaxprEqn, rules: _Rules) -> bool:
+    """Return whether two equations do the same, as do their derivatives up to this order."""
+    if a.primitive.name not in _RULED:
+        return _same(a.params, b.params, rules)
+    settings, others = ([eqn.params.get(name) for name in _PLAIN] for eqn in (a, b))
+    if not _same(settings, others, rules) or a.params.get("symbolic_zeros"):
+        return False
+    if rules.order == 0:
+        return True
+    mine, theirs = rules.mine.get(id(a)), rules.theirs.get(id(b))
+    if mine is None or theirs is None:
+        return False
+    return _same(mine[1], theirs[1], rules.inner())
+
+
+def _learn(jaxpr: core.Jaxpr, known: dict, order: int) -> None:
+    """Trace the rules of all custom calls in a program, and of those in their rules."""
+    for eqn in jaxpr.eqns if order > 0 else ():
+        if eqn.primitive.name in _RULED and not eqn.params.get("symbolic_zeros"):
+            try:
+                rule = _traced_rule(eqn)
+            except Exception:  # a rule that can't be traced alone remains unknown
+                continue
+            known[id(eqn)] = eqn, rule  # with the equation, whose number stays its own
+            _learn(rule.jaxpr, known, order - 1)
+    for inner in core.subjaxprs(jaxpr):
+        _learn(inner, known, order)
+
+
+def _traced_rule(eqn: Any) -> core.ClosedJaxpr:
+    """Trace the derivative of a call, forward or reverse as its rule is."""
+    inputs: Any = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
+    fixed = eqn.invars[: eqn.params.get("num_consts", 0)]
+    outputs = [v for v in eqn.outvars if type(v).__name__ != "DropVar" and _is_inexact(v)]
+    args, outs = (
+        [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in some]
+        for some in (inputs, outputs)
+    )
+    empty = jax.make_jaxpr(lambda *_: [jnp.zeros(out.shape, out.dtype) for out in outs])(*args)
+    alone = empty.jaxpr.replace(invars=inputs, outvars=outputs, eqns=[eqn])
+    call = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+    moves = [_is_inexact(v) and v not in fixed for v in inputs]
+
+    def derivative(args, tangents, cotangents):
+        def moving(*some):
+            rest = iter(some)
+            return call(*[next(rest) if m else v for v, m in zip(args, moves, strict=True)])
+
+        some = tuple(v for v, m in zip(args, moves, strict=True) if m)
+        if eqn.primitive.name == "custom_jvp_call":
+            return jax.jvp(moving, some, tuple(tangents))
+        out, pullback = jax.vjp(moving, *some)
+        return out, pullback(list(cotangents))
+
+    tangents = [v for v, m in zip(args, moves, strict=True) if m]
+    return jax.make_jaxpr(derivative)(args, tangents, outs)
+
+
+def _is_inexact(v: Any) -> bool:
+    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
+
+
+def _same_jaxpr(a: core.Jaxpr, b: core.Jaxpr, rules: _Rules) -> bool:
     """Return whether two jaxprs are the same but for the names of their variables."""
     names: dict[Any, Any] = {}
 
@@ -148,7 +235,7 @@ def _same_jaxpr(a: core.Jaxpr, b: core.Jaxpr) -> bool:
         and all(
             x.primitive is y.primitive
             and refer(x.invars, y.invars)
-            and _same(x.params, y.params)
+            and _same_calls(x, y, rules)
             and bind(x.outvars, y.outvars)
             for x, y in zip(a.eqns, b.eqns, strict=True)
         )

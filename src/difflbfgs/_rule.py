@@ -25,7 +25,7 @@ from difflbfgs._box import Face
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import Report, System
 from difflbfgs._operator import SymmetricOperator
-from difflbfgs._problem import Problem, interior
+from difflbfgs._problem import Problem, differentiation, interior
 from difflbfgs._solution import RESULTS, Outcome, has_converged, raised
 from difflbfgs._vector import Flag, Scalar, Vector
 
@@ -44,7 +44,7 @@ class Task(eqx.Module):
 
     def solve(self, problem: Problem) -> Outcome:
         """Solve, and raise here, where the derivative will see it, if that failed."""
-        with interior():
+        with interior(problem.name):
             outcome = _loop.run(
                 problem, self.x0, self.warm, self.solver, self.max_steps, self.callback
             )
@@ -81,29 +81,25 @@ class Task(eqx.Module):
         a NaN instead would have a derivative of zero.) A `v` of zero has the solution zero always.
         """
 
-        def hvp(p):
-            return problem.product(outcome.x, p)
-
         def solve(_, b):
             return lane_by_lane(Task._solve_adjoint_alone)(self, problem, outcome, b)
 
-        matvec = self.ridged(hvp)  # for the derivatives of this solve
-        with interior():
-            return jax.lax.custom_linear_solve(matvec, v, solve, symmetric=True, has_aux=True)
+        matvec = self._hessian(problem, outcome)  # for the derivatives of this solve
+        with interior(problem.name):
+            return _linear_solve(matvec, v, solve, has_aux=True)
 
     def _solve_adjoint_alone(self, problem: Any, outcome: Outcome, v: Vector):
-        def hvp(p):
-            return problem.product(outcome.x, p)
-
-        operator = SymmetricOperator.of(self.ridged(hvp), v)
+        operator = SymmetricOperator.of(self._hessian(problem, outcome), v)
         u, report = self.solve_system(self.system(problem, operator, outcome), outcome, v)
         spoilt = (report.result != RESULTS.successful) | ~self.trusts(outcome)
         factor = jnp.where(spoilt & ~_vector.is_zero(v), jnp.nan, 1)
         return _vector.scale(factor, u), report
 
-    def ridged(self, hvp: Callable[[Vector], Vector]) -> Callable[[Vector], Vector]:
-        """Return the Hessian-vector product with the ridge that the adjoint adds."""
-        return lambda p: _vector.add_scaled(hvp(p), self.adjoint.ridge, p)
+    def _hessian(self, problem: Any, outcome: Outcome) -> Callable[[Vector], Vector]:
+        """Return the Hessian-vector product at the outcome, with the ridge of the adjoint."""
+        product = problem.product if self.adjoint.needs_products else problem.product_if_any
+        ridge = self.adjoint.ridge
+        return lambda p: _vector.add_scaled(product(outcome.x, p), ridge, problem.free(p))
 
     def system(self, problem: Any, operator: SymmetricOperator, outcome: Outcome) -> System:
         """Return `H u = v`, preconditioned and ready to be solved."""
@@ -157,7 +153,8 @@ def _forward_jvp(static, primals, tangents):
     def gradient(params):
         return _with_params(face, params, problem).gradient(outcome.x)
 
-    _, b = jax.jvp(gradient, (params,), (tangents[0],))
+    with differentiation(problem.name):
+        _, b = jax.jvp(gradient, (params,), (tangents[0],))
     u, _ = task.solve_adjoint(face, outcome, b)
     tangent = jax.tree.map(zero_tangent, outcome)
     return outcome, eqx.tree_at(lambda o: o.x, tangent, jax.tree.map(jnp.negative, u))
@@ -179,14 +176,21 @@ def _reverse_bwd(static, residuals, cotangent):
     if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(cotangent.x)):
         return None, None  # the minimizer was not used: no adjoint to solve
     task, problem = merge(static, params, arrays)
+    v = jax.tree.map(_instantiated, cotangent.x, outcome.x)
     face = task.on_face(problem, outcome)
-    u, _ = task.solve_adjoint(face, outcome, cotangent.x)
-    _, pullback = jax.vjp(lambda p: _with_params(face, p, problem).gradient(outcome.x), params)
-    (bar,) = pullback(jax.tree.map(jnp.negative, u))
-    return _masked(bar, cotangent.x, task.trusts(outcome)), None
+    u, _ = task.solve_adjoint(face, outcome, v)
+    with differentiation(problem.name):
+        _, pullback = jax.vjp(lambda p: _with_params(face, p, problem).gradient(outcome.x), params)
+        (bar,) = pullback(jax.tree.map(jnp.negative, u))
+    return _masked(bar, v, task.trusts(outcome)), None
 
 
 reverse.defvjp(_reverse_fwd, _reverse_bwd, symbolic_zeros=True)
+
+
+def _instantiated(cotangent, like):
+    """Return the cotangent of a leaf as an array, also if the leaf was not used."""
+    return jnp.zeros_like(like) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -208,9 +212,20 @@ def _forward_objective_jvp(static, primals, tangents):
     def value(params):
         return _with_params(face, params, problem).value(outcome.x)
 
-    _, tangent = jax.jvp(value, (params,), (tangents[0],))
     f = forward_objective(static, params, arrays, outcome)
+    with differentiation(problem.name):
+        tangent = directional(value, params, tangents[0])
     return f, spoil(tangent, task.trusts_value(outcome))
+
+
+def directional(value: Callable[[PyTree], Scalar], params: PyTree, tangent: PyTree) -> Scalar:
+    """Return the derivative of a scalar along `tangent`, by reverse mode.
+
+    The user's function need not have another one: a `jax.custom_vjp` in it has not.
+    """
+    f, gradient = jax.value_and_grad(value)(params)
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True)
+    return sum((jnp.sum((g * t).real).astype(f.dtype) for g, t in pairs), jnp.zeros_like(f))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -228,8 +243,9 @@ def _reverse_objective_bwd(static, residuals, cotangent):
     task, problem = merge(static, params, arrays)
     trusted = task.trusts_value(outcome)
     face = task.on_face(problem, outcome)
-    _, pullback = jax.vjp(lambda p: _with_params(face, p, problem).value(outcome.x), params)
-    (bar,) = pullback(spoil(cotangent, trusted))
+    with differentiation(problem.name):
+        _, pullback = jax.vjp(lambda p: _with_params(face, p, problem).value(outcome.x), params)
+        (bar,) = pullback(spoil(cotangent, trusted))
     return _masked(bar, cotangent, trusted), None, None
 
 
@@ -248,7 +264,24 @@ def spoil(t: PyTree, trusted: Flag) -> PyTree:
     def solve(_, b):
         return jax.tree.map(lambda b: jnp.where(trusted | (b == 0), b, b * jnp.nan), b)
 
-    return jax.lax.custom_linear_solve(lambda t: t, t, solve, symmetric=True)
+    return _linear_solve(lambda t: t, t, solve)
+
+
+def _linear_solve(matvec, b, solve, has_aux=False):
+    """Solve a symmetric system by `solve`, and differentiate that by `matvec`."""
+    b = _with_whole_tangent(b)
+    return jax.lax.custom_linear_solve(matvec, b, solve, symmetric=True, has_aux=has_aux)
+
+
+@jax.custom_jvp
+def _with_whole_tangent(tree: PyTree) -> PyTree:
+    """Return `tree`; if one leaf of its tangent is a symbolic zero, JAX's linear solve raises."""
+    return tree
+
+
+@_with_whole_tangent.defjvp
+def _with_whole_tangent_jvp(primals, tangents):
+    return primals[0], tangents[0]
 
 
 def _masked(bar: PyTree, cotangent: Vector, trusted: Flag) -> PyTree:

@@ -1,6 +1,9 @@
 """What a solve returns, and every way in which it can end."""
 
+import contextlib
 import dataclasses
+import types
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -173,36 +176,79 @@ def has_converged(result: Any) -> Bool[Array, "*batch"]:
 def raised(tree: _T, failed: Bool[Array, ""], result: Any) -> _T:
     """Return `tree`, whose use raises where `failed`, with the message of `result`.
 
-    Equinox calls Python on the first device only. Of several that work on one solve, the others
-    would wait for ever for what it found, so there every device calls Python.
+    Of several devices that work on one solve, each calls Python: JAX would call it on the first
+    one only for `tree`, and the others would wait for ever.
     """
     if jax.device_count() == 1:
-        return result.error_if(tree, failed)
+        return _guarded(tree, failed, result)
     _raise_everywhere(failed, result)
     return tree
 
 
+@jax.custom_jvp
+def _guarded(tree, failed, result):
+    failed, result = _worst(failed, result)
+    like = jax.eval_shape(lambda: tree)
+    return jax.lax.cond(failed, lambda: jax.pure_callback(_complain, like, result), lambda: tree)
+
+
+@_guarded.defjvp
+def _guarded_jvp(primals, tangents):
+    return _guarded(*primals), tangents[0]
+
+
 @jax.custom_batching.custom_vmap
+def _worst(failed, result):
+    """Return whether any lane failed, and how the first of them did."""
+    return failed, result
+
+
+@_worst.def_vmap
+def _worst_of_lanes(axis_size, is_batched, failed, result):
+    del is_batched
+    failed, result = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, axis_size), (failed, result))
+    lane = jnp.argmax(failed)
+    found = _worst(*jax.tree.map(lambda leaf: leaf[lane], (failed, result)))
+    return found, jax.tree.map(lambda _: False, found)
+
+
 def _raise_everywhere(failed, result):
     def complain(result):
         jax.debug.callback(_complain, result, partitioned=True)
 
+    failed, result = _worst(failed, result)
     jax.lax.cond(failed, complain, lambda _: None, result)
-    return failed
 
 
-@_raise_everywhere.def_vmap
-def _raise_for_any_lane(axis_size, is_batched, failed, result):
-    del is_batched
-    failed, result = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, axis_size), (failed, result))
-    lane = jnp.argmax(failed)
-    failed, result = jax.tree.map(lambda leaf: leaf[lane], (failed, result))
-    return _raise_everywhere(failed, result), False
+class _SolveFailed(RuntimeError):
+    """What is raised while a program runs; JAX makes an error of its own from its text."""
 
 
 def _complain(result):
     messages: Any = RESULTS
-    raise RuntimeError(messages[result])
+    raise _SolveFailed(messages[result]).with_traceback(_TRACEBACK)
+
+
+def _difflbfgs() -> Any:
+    yield
+
+
+# JAX's text names all calls that lead to the innermost one of the traceback. Of a generator that
+# was not started there are none.
+_FRAME: Any = _difflbfgs().gi_frame
+_TRACEBACK = types.TracebackType(None, _FRAME, _FRAME.f_lasti, _FRAME.f_lineno)
+
+
+@contextlib.contextmanager
+def short_errors() -> Iterator[None]:
+    """Raise the message of a failed solve alone, without what JAX adds to it."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, ours, message = str(error).partition(f"{_SolveFailed.__name__}: ")
+        if not ours:
+            raise
+        raise RuntimeError(message.strip()) from None
 
 
 def count(value: int) -> Int[Array, ""]:

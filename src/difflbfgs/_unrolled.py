@@ -1,6 +1,7 @@
 """The comparison: a fixed number of Optax steps, differentiated one by one."""
 
 import math
+import types
 from typing import Any
 
 import equinox as eqx
@@ -48,6 +49,45 @@ class Unrolled(eqx.Module):
         check_positive_integer("num_steps", self.num_steps)
         check_flag("checkpoint", self.checkpoint)
         check_flag("flatten", self.flatten)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Unrolled)
+            and self._settings() == other._settings()
+            and _same(self.optimizer, other.optimizer)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._settings())
+
+    def _settings(self):
+        return self.num_steps, self.checkpoint, self.flatten
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Return whether two parts of an Optax transformation certainly do the same.
+
+    Optax makes new functions at every call: of the same code, which hold what it was given.
+    """
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, types.FunctionType):
+        return (
+            a.__code__ is b.__code__
+            and a.__globals__ is b.__globals__
+            and _same(a.__defaults__, b.__defaults__)
+            and a.__kwdefaults__ == b.__kwdefaults__
+            and _same(_held(a), _held(b))
+        )
+    return isinstance(a, bool | int | float | str) and repr(a) == repr(b)
+
+
+def _held(function: types.FunctionType) -> list[Any]:
+    return [cell.cell_contents for cell in function.__closure__ or ()]
 
 
 class UnrolledState(eqx.Module):

@@ -376,7 +376,7 @@ def _trips(
         stays = jnp.all(after.point.x == now.point.x)
         return after, _vector.where(decision.step, _vector.where(stays, 0, now.line.t), t)
 
-    with interior(), jax.numpy_dtype_promotion("standard"):
+    with interior(problem.name), jax.numpy_dtype_promotion("standard"):
         start = _loop.begin(settings, warm), jnp.ones((), x.dtype)
         end, t = jax.lax.while_loop(lambda carry: ~carry[0].ledger.over(), advance, start)
     outcome = _loop.outcome(end)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree
 
-from difflbfgs import _lbfgs, _loop
+from difflbfgs import _lbfgs, _loop, _vector
 from difflbfgs._checks import no_type_check
 from difflbfgs._problem import Problem, Variables, make_problem, make_variables
 from difflbfgs._solution import RESULTS, has_converged
@@ -17,8 +17,26 @@ from difflbfgs._vector import Vector
 
 
 class _State(eqx.Module):
+    """Where the solve is, and the length of the step that led there.
+
+    `shown` says that a step was given the point at which the solve ended. Only after that it is
+    over for Optimistix, whose `BestSoFarMinimiser` sees what steps are given.
+    """
+
     x0: Vector
     solve: _loop.State
+    length: Array
+    shown: Bool[Array, ""]
+
+    @property
+    def f_info(self) -> Any:
+        """What Optimistix calls `f_info`, with the objective `f` alone."""
+        return optx.FunctionInfo.Eval(self.solve.point.f)
+
+    @property
+    def num_accepted_steps(self) -> Array:
+        """The number of steps that were taken."""
+        return self.solve.ledger.num_steps
 
 
 @no_type_check
@@ -80,7 +98,7 @@ class LBFGS(optx.AbstractMinimiser):
         self.memory_size, self.linesearch, self.verbose = memory_size, linesearch, verbose
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags) -> _State:
-        """Evaluate the objective at the start, and once or twice nearby."""
+        """Evaluate the objective at the start."""
         del f_struct, aux_struct, tags
         mode = options.get("autodiff_mode", "bwd")
         if mode != "bwd":
@@ -88,26 +106,39 @@ class LBFGS(optx.AbstractMinimiser):
                 f"options['autodiff_mode'] must be 'bwd', got {mode!r}: Optax's line searches "
                 "differentiate in reverse mode. Drop the option."
             )
-        _, _, x = _interior(fn, y, args)
+        problem, _, x = _interior(fn, y, args)
         with jax.numpy_dtype_promotion("standard"):
-            return _undifferentiable(_State(x, _loop.begin(self._settings(x), None)))
+            settings = self._settings(x)
+            solve, _ = _loop.trip(problem, _loop.begin(settings, None), settings)
+        nothing = jnp.zeros_like(solve.line.t)
+        return _undifferentiable(_State(x, solve, nothing, jnp.asarray(False)))
 
     def step(self, fn, y, args, options, state, tags) -> tuple[PyTree, _State, PyTree]:
-        """Take a step; return the new `y`, and the auxiliary output at the old one."""
+        """Take a step from `y`; return the new one, and the auxiliary output at the old one.
+
+        If `y` is not what the last step returned, the solve begins anew there.
+        """
         del options, tags
-        problem, variables, _ = _interior(fn, y, args)
-        before = state.solve
+        problem, variables, x = _interior(fn, y, args)
         with jax.numpy_dtype_promotion("standard"):
-            after, decision = _loop.trip(problem, before, self._settings(state.x0))
+            moved = ~_equal(y, variables.outside(state.solve.point.x))
+            x0 = _vector.where(moved, x, state.x0)
+            settings = self._settings(x0)
+            afresh = _counted(_loop.begin(settings, None), state.solve)
+            before = _vector.where(moved, afresh, state.solve)
+            shown = before.ledger.over()
+            found, decision = _loop.trip(problem, before, settings)
+            after = _vector.where(shown, before, found)
         verbose = _print if self.verbose is True else self.verbose
         if verbose:
             verbose(
-                num_steps=("Step", after.ledger.num_steps),
-                loss=("Loss", after.point.f),
-                grad_norm=("Gradient norm", after.point.grad_norm),
-                step_size=("Step size", jnp.where(decision.taken, before.line.t, 0)),
+                num_steps=("Step", before.ledger.num_steps),
+                loss=("Loss", before.point.f),
+                grad_norm=("Gradient norm", before.point.grad_norm),
+                step_size=("Step size", state.length),
             )
-        state = _undifferentiable(eqx.tree_at(lambda state: state.solve, state, after))
+        length = jnp.where(decision.taken, before.line.t, 0)
+        state = _undifferentiable(_State(x0, after, length, shown))
         return variables.outside(after.point.x), state, fn(y, args)[1]
 
     def terminate(self, fn, y, args, options, state, tags) -> tuple[Bool[Array, ""], optx.RESULTS]:
@@ -119,7 +150,7 @@ class LBFGS(optx.AbstractMinimiser):
             failed, optx.RESULTS.nonlinear_divergence, optx.RESULTS.successful
         )
         nonfinite = ledger.over() & (ledger.result == RESULTS.nonfinite_start)
-        return ledger.over(), optx.RESULTS.where(nonfinite, optx.RESULTS.nonfinite, result)
+        return state.shown, optx.RESULTS.where(nonfinite, optx.RESULTS.nonfinite, result)
 
     def postprocess(
         self, fn, y, aux, args, options, state, tags, result
@@ -151,6 +182,21 @@ def _interior(fn, y, args) -> tuple[Problem, Variables, Vector]:
         return fn(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), promoted, y), args)[0]
 
     return make_problem(objective, None, variables, x), variables, x
+
+
+def _equal(a: PyTree, b: PyTree) -> Bool[Array, ""]:
+    """Return whether two trees of arrays are the same, NaN being NaN."""
+    same = jax.tree.map(lambda a, b: jnp.array_equal(a, b, equal_nan=True), a, b)
+    return jnp.stack(jax.tree.leaves(same)).all()
+
+
+def _counted(solve: _loop.State, before: _loop.State) -> _loop.State:
+    """Return the state, with the counts of an earlier one."""
+
+    def counts(solve):
+        return solve.ledger.num_steps, solve.ledger.num_fun_evals
+
+    return eqx.tree_at(counts, solve, counts(before))
 
 
 @eqx.filter_custom_jvp
