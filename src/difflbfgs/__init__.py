@@ -3,6 +3,7 @@
 from difflbfgs._adjoint import ForwardImplicitAdjoint, ImplicitAdjoint, QuasiNewtonAdjoint
 from difflbfgs._hypergrad import HypergradInfo, value_and_hypergrad
 from difflbfgs._inverse_hessian import inverse_hessian_operator
+from difflbfgs._known import known_minimizer
 from difflbfgs._lbfgs import LBFGS
 from difflbfgs._minimize import minimize
 from difflbfgs._solution import RESULTS, Solution, Stats
@@ -23,6 +24,7 @@ __all__ = [
     "Step",
     "Unrolled",
     "inverse_hessian_operator",
+    "known_minimizer",
     "minimize",
     "progress_bar",
     "value_and_hypergrad",

@@ -57,7 +57,7 @@ class AbstractAdjoint(eqx.Module):
         """Return `H u = v`, ready to be solved; of either sign, curvature below `slack` is none."""
 
     @abc.abstractmethod
-    def solve(
+    def solve_system(
         self, system: System, v: Vector, achieved: Scalar, start: Vector | None = None
     ) -> tuple[Vector, Report]:
         """Solve the system, the forward solve having left this relative error."""
@@ -95,7 +95,7 @@ class _Exact(AbstractAdjoint):
             return default_system(operator, slack, preconditioner)
         return System.of(operator, self.linear_solver, slack, preconditioner, rounds=1)
 
-    def solve(self, system, v, achieved, start=None):
+    def solve_system(self, system, v, achieved, start=None):
         """Solve the system, the forward solve having left this relative error."""
         return system.solve(v, self._accuracy(v, achieved), start, self.approximate)
 
@@ -226,7 +226,7 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
         """Return `H u = v`, ready to be solved."""
         return default_system(operator, slack, preconditioner)
 
-    def solve(self, system, v, achieved, start=None):
+    def solve_system(self, system, v, achieved, start=None):
         """Return `P v`, refined."""
         del start
         u = system.options["preconditioner"].mv(v)

@@ -32,6 +32,20 @@ _CAUTION = 0.1
 _LEAST_PRODUCTS = 200
 
 
+class Search(eqx.Module):
+    """A solve to be done, but for the problem itself; see `run`."""
+
+    x0: Vector
+    warm: WarmStart | None
+    solver: LBFGS
+    max_steps: int = eqx.field(static=True)
+    callback: Callable[[Step], None] | None = eqx.field(static=True)
+
+    def __call__(self, problem: Problem) -> Outcome:
+        """Minimize."""
+        return run(problem, self.x0, self.warm, self.solver, self.max_steps, self.callback)
+
+
 class Point(eqx.Module):
     """A point, and the objective and its gradient there."""
 

@@ -150,8 +150,8 @@ class Variables(eqx.Module):
         return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def make_variables(x0: PyTree, flatten: bool) -> Variables:
-    """Read the user's `x0`: which leaves are variables, and in which dtype to work.
+def make_variables(x0: PyTree, flatten: bool, name: str = "x0") -> Variables:
+    """Read the user's `x0`, called `name`: which leaves are variables, and in which dtype to work.
 
     Raises:
         ValueError: if `x0` has no inexact array leaf, or none with an entry.
@@ -160,9 +160,9 @@ def make_variables(x0: PyTree, flatten: bool) -> Variables:
     leaves = jax.tree.leaves(inexact)
     if sum(jnp.size(leaf) for leaf in leaves) == 0:
         raise ValueError(
-            "x0 has nothing to minimize over: it needs at least one floating-point or complex "
+            f"{name} has nothing to minimize over: it needs at least one floating-point or complex "
             f"array with at least one entry, and its leaves are {_describe(x0)}. "
-            "Write 0.0 for 0, or convert with jnp.asarray(x0, float)."
+            f"Write 0.0 for 0, or convert with jnp.asarray({name}, float)."
         )
     with jax.numpy_dtype_promotion("standard"):
         promoted = jnp.result_type(*leaves)

@@ -44,6 +44,12 @@ class RESULTS(_OptimistixResults):
         "infinity, as a likelihood does on separable data: there is no minimizer. Add a "
         "regulariser."
     )
+    not_a_minimizer = (
+        "The point given to `known_minimizer` is not shown to be a minimizer: the Newton step from "
+        "it is longer than `rtol` of the energy norm of `x`, does not contract, or does not exist. "
+        "Solve to a smaller gradient, or hand `x` to `minimize` as its start; if the point is "
+        "right as it is, loosen `rtol`, or set `atol` above the norm of the gradient."
+    )
     adjoint_not_converged = (
         "The adjoint system H u = v was not solved: its true residual is above tolerance. H may "
         "be singular with v outside its range, or too ill-conditioned for this precision; or the "
