@@ -1,5 +1,6 @@
 """The exact Hessian as a Lineax operator, and what is solved with it."""
 
+import itertools
 from typing import Any
 
 import equinox as eqx
@@ -35,7 +36,7 @@ def net(dtype=jnp.float64):
 def fit(model, theta):
     """Return the loss of a model; its Hessian is dense and indefinite."""
     assert model.steps == 2
-    inputs = jnp.linspace(-1, 2, 8, dtype=theta["decay"].dtype).reshape(4, 2)
+    inputs = jnp.cos(jnp.arange(10.0, dtype=theta["decay"].dtype)).reshape(5, 2)
     out = model.activation(inputs @ model.weight.T + model.bias)
     return jnp.sum(jnp.sin(out) ** 2) + theta["decay"] * jnp.sum(out) * theta["k"]
 
@@ -149,8 +150,8 @@ def test_solutions(n, dtype):
     assert (int(report.num_steps) == n) == (n <= 64)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("n", [4, 80])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scales_of_right_hand_side_and_objective(n, scale):
     fun, x, b = definite(n)
     exact = jnp.linalg.solve(jax.hessian(fun)(x, 1.3), b)
@@ -218,15 +219,16 @@ def test_curvature_that_the_gradient_explains_is_none():
     def ring(x, theta):
         return (jnp.sum(x[:2] ** 2) - theta) ** 2 + jnp.sum(x[2:] ** 2)
 
-    x = jnp.array([1.0 - 1e-10, 0.0, 0.0])
+    x = (1 - 1e-10) * jnp.array([0.6, 0.8, 0.0])
     H = dl.hessian_operator(ring, x, 1.0)
     assert jnp.linalg.eigvalsh(H.as_matrix())[0] < -1e-12
-    u, _ = ADJOINT.solve(H, jnp.array([8.0, 0.0, 2.0]))
-    assert np.allclose(u, [1, 0, 1], atol=1e-8)
+    u, _ = ADJOINT.solve(H, jnp.array([4.8, 6.4, 2.0]))  # 8 x, and 2
+    assert np.allclose(u, [0.6, 0.8, 1], atol=1e-6)
 
 
-@pytest.mark.parametrize("n", [5, 64, 80])
-@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e10])
+@pytest.mark.parametrize(
+    ("n", "scale"), [(5, 1.0), (5, 1e10), (64, 1e-10), (80, 1e-10), (80, 1e10)]
+)
 def test_active_variables(n, scale):
     """Rows and columns are zero; the block of the others is solved, whatever its size."""
     fun, x, b = definite(n)
@@ -306,7 +308,7 @@ def richardson(fun, x, h=1e-2):
 
     rows = [differences(h / 2**i) for i in range(4)]
     for k in range(1, 4):
-        rows = [b + (b - a) / (4**k - 1) for a, b in zip(rows, rows[1:], strict=False)]
+        rows = [b + (b - a) / (4**k - 1) for a, b in itertools.pairwise(rows)]
     return rows[0]
 
 
@@ -394,7 +396,7 @@ def test_many_right_hand_sides_share_one_factor():
     assert inverse(1) == inverse(50) >= 1
 
 
-@pytest.mark.parametrize("solver", [lx.CG(rtol=1e-12, atol=0), lx.Cholesky()])
+@pytest.mark.parametrize("solver", [lx.CG(rtol=1e-12, atol=1e-14), lx.Cholesky()])
 def test_lineax_solves_with_it_once_it_is_tagged(solver):
     fun, x, b = definite(20)
 
@@ -535,5 +537,5 @@ def test_bad_settings_of_a_solve():
     H = dl.hessian_operator(lambda x, theta: jnp.sum(x**2), X0)
     with pytest.raises(TypeError, match="throw must be True or False, got 1"):
         ADJOINT.solve(H, X0, throw=1)
-    with pytest.raises(ValueError, match="preconditioner belongs to .* 'lbfgs'"):
+    with pytest.raises(ValueError, match=r"preconditioner belongs to .* 'lbfgs'"):
         dl.ImplicitAdjoint(preconditioner="lbfgs").solve(H, X0)

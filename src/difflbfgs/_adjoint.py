@@ -90,6 +90,7 @@ class _Exact(AbstractAdjoint):
         check_preconditioner(self.preconditioner)
         check_flag("approximate", self.approximate)
 
+    @no_type_check
     def solve(
         self, operator: lx.AbstractLinearOperator, b: PyTree, *, throw: bool = True
     ) -> tuple[PyTree, Report]:
@@ -112,9 +113,9 @@ class _Exact(AbstractAdjoint):
         Returns:
             `u`, and a report: its `result` is `successful`, `adjoint_not_converged`,
             `nonfinite_hessian` or `indefinite_hessian`; `residual` is `‖b - A u‖ / ‖b‖`, recomputed
-            (in scaled variables if their rows differ by orders of magnitude); `num_steps` are the
-            steps of the linear solver; `min_curvature` and `max_curvature` are the extreme
-            curvatures of `A` that it saw.
+            `num_steps` are the steps of the linear solver; `min_curvature` and `max_curvature` are
+            the extreme curvatures of `A` that it saw. All but the count are those in scaled
+            variables if rows of `A` differ by orders of magnitude.
 
         Raises:
             TypeError: if `operator` is not a symmetric Lineax operator.
@@ -126,8 +127,8 @@ class _Exact(AbstractAdjoint):
             >>> import jax.numpy as jnp, difflbfgs as dl
             >>> H = dl.hessian_operator(lambda x, _: jnp.sum(jnp.cosh(x)), jnp.zeros(2))
             >>> u, report = dl.ImplicitAdjoint().solve(H, jnp.array([1.0, 2.0]))
-            >>> print(u, bool(report.result == dl.RESULTS.successful), report.min_curvature)
-            [1. 2.] True 1.0
+            >>> print(u.round(3), bool(report.result == dl.RESULTS.successful))
+            [1. 2.] True
         """
         check_flag("throw", throw)
         if self.preconditioner is not None:

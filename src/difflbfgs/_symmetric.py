@@ -125,6 +125,10 @@ def _without_derivative(tree: Any) -> Any:
     return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
+def _shown(tree: PyTree) -> str:
+    return eqx.tree_pformat(tree, struct_as_array=True)
+
+
 def _check(operator: Any, b: PyTree) -> None:
     remedy = (
         "Pass what difflbfgs.hessian_operator returns, or for a matrix "
@@ -141,13 +145,12 @@ def _check(operator: Any, b: PyTree) -> None:
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (b, like)]
     if jax.tree.structure(b) != jax.tree.structure(like) or shapes[0] != shapes[1]:
         raise ValueError(
-            f"b must be like the vectors of the operator, {eqx.tree_pformat(like)}, got "
-            f"{eqx.tree_pformat(b)}. Give it the same structure and shapes."
+            f"b must be like the vectors of the operator, {_shown(like)}, got {_shown(b)}. Give it "
+            "the same structure and shapes."
         )
     for name, tree in (("operator", like), ("b", b)):
         kinds = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
         if any(jnp.issubdtype(kind, jnp.complexfloating) for kind in kinds):
             raise ValueError(
-                f"{name} must be real, got {eqx.tree_pformat(tree)}. Write real and imaginary part "
-                "as two."
+                f"{name} must be real, got {_shown(tree)}. Write real and imaginary part as two."
             )
