@@ -18,9 +18,7 @@ from difflbfgs._solution import RESULTS, raised
 from difflbfgs._vector import Scalar, Vector
 
 
-def solve(
-    adjoint: Any, operator: lx.AbstractLinearOperator, b: PyTree, throw: bool
-) -> tuple[PyTree, Report]:
+def solve(adjoint: Any, operator: Any, b: PyTree, throw: bool) -> tuple[PyTree, Report]:
     """Solve as the adjoint says, which is an `ImplicitAdjoint` or the like.
 
     Raises:
