@@ -27,7 +27,9 @@ TERMS = terms()
 def findings(solved=True, residual=0.0, energy=1.0):
     solved = jnp.asarray(solved)
     size = number(energy)
-    return Findings(solved, solved, number(residual), size, size, jnp.asarray(3))
+    return Findings(
+        solved, jnp.asarray(False), solved, number(residual), size, size, jnp.asarray(3)
+    )
 
 
 def ledger(phase, curvature=1.0, **changes):

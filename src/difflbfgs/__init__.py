@@ -1,8 +1,10 @@
 """Minimize with L-BFGS in JAX and differentiate the minimizer, exactly, without unrolling."""
 
 from difflbfgs._adjoint import ForwardImplicitAdjoint, ImplicitAdjoint, QuasiNewtonAdjoint
+from difflbfgs._hessian import hessian_operator
 from difflbfgs._hypergrad import HypergradInfo, value_and_hypergrad
 from difflbfgs._inverse_hessian import inverse_hessian_operator
+from difflbfgs._known import known_minimizer
 from difflbfgs._lbfgs import LBFGS
 from difflbfgs._minimize import minimize
 from difflbfgs._solution import RESULTS, Solution, Stats
@@ -22,7 +24,9 @@ __all__ = [
     "Stats",
     "Step",
     "Unrolled",
+    "hessian_operator",
     "inverse_hessian_operator",
+    "known_minimizer",
     "minimize",
     "progress_bar",
     "value_and_hypergrad",

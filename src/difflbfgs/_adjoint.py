@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
+from jaxtyping import PyTree
 
-from difflbfgs import _rule, _vector
+from difflbfgs import _rule, _symmetric, _vector
 from difflbfgs._checks import (
     check_flag,
     check_instance,
@@ -62,7 +63,7 @@ class AbstractAdjoint(eqx.Module):
         """Return `H u = v`, ready to be solved; of either sign, curvature below `slack` is none."""
 
     @abc.abstractmethod
-    def solve(
+    def solve_system(
         self, system: System, v: Vector, achieved: Scalar, start: Vector | None = None
     ) -> tuple[Vector, Report]:
         """Solve the system, the forward solve having left this relative error."""
@@ -94,13 +95,61 @@ class _Exact(AbstractAdjoint):
         check_preconditioner(self.preconditioner)
         check_flag("approximate", self.approximate)
 
+    @no_type_check
+    def solve(
+        self, operator: lx.AbstractLinearOperator, b: PyTree, *, throw: bool = True
+    ) -> tuple[PyTree, Report]:
+        """Solve `A u = b` for a symmetric operator, with all that the adjoint checks.
+
+        The solver, its tolerance and a `ridge` are those of this adjoint. Of a Hessian with
+        `active` variables (`hessian_operator`) the block of the others is solved, and `u` is zero
+        at the active ones, whatever `b` is there. `u` is differentiable by `b` and by the operator,
+        as often as wanted and in both modes.
+
+        Cost: that of one adjoint. Up to 64 entries the matrix is assembled and factorised once,
+        for any number of right-hand sides under `jax.vmap`.
+
+        Args:
+            operator: a real Lineax operator tagged symmetric or positive semidefinite, such as that
+                of `hessian_operator`.
+            b: right-hand side, in the structure of the operator's vectors.
+            throw: raise if the system was not solved. If `False`, `u` is NaN then.
+
+        Returns:
+            `u`, and a report: its `result` is `successful`, `adjoint_not_converged`,
+            `nonfinite_hessian` or `indefinite_hessian`; `residual` is `‖b - A u‖ / ‖b‖`, recomputed
+            `num_steps` are the steps of the linear solver; `min_curvature` and `max_curvature` are
+            the extreme curvatures of `A` that it saw. All but the count are those in scaled
+            variables if rows of `A` differ by orders of magnitude.
+
+        Raises:
+            TypeError: if `operator` is not a symmetric Lineax operator.
+            ValueError: if `b` does not fit, a value is complex, or there is a `preconditioner`,
+                which belongs to a solve.
+            RuntimeError: if the system was not solved and `throw` is set.
+
+        Examples:
+            >>> import jax.numpy as jnp, difflbfgs as dl
+            >>> H = dl.hessian_operator(lambda x, _: jnp.sum(jnp.cosh(x)), jnp.zeros(2))
+            >>> u, report = dl.ImplicitAdjoint().solve(H, jnp.array([1.0, 2.0]))
+            >>> print(u.round(3), bool(report.result == dl.RESULTS.successful))
+            [1. 2.] True
+        """
+        check_flag("throw", throw)
+        if self.preconditioner is not None:
+            raise ValueError(
+                f"preconditioner belongs to the solve of an objective, and here is none, got "
+                f"{self.preconditioner!r}. Leave it out, or give a linear_solver."
+            )
+        return _symmetric.solve(self, operator, b, throw)
+
     def system(self, operator, slack, preconditioner):
         """Return `H u = v`, ready to be solved."""
         if self.linear_solver is None:
             return default_system(operator, slack, preconditioner)
         return System.of(operator, self.linear_solver, slack, preconditioner, rounds=1)
 
-    def solve(self, system, v, achieved, start=None):
+    def solve_system(self, system, v, achieved, start=None):
         """Solve the system, the forward solve having left this relative error."""
         return system.solve(v, self._accuracy(v, achieved), start, self.approximate)
 
@@ -236,7 +285,7 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
         """Return `H u = v`, ready to be solved."""
         return default_system(operator, slack, preconditioner)
 
-    def solve(self, system, v, achieved, start=None):
+    def solve_system(self, system, v, achieved, start=None):
         """Return `P v`, refined."""
         del start
         u = system.options["preconditioner"].mv(v)

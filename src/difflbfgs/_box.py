@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int8, PyTree
 
 from difflbfgs import _vector
-from difflbfgs._vector import Count, Flag, Scalar, Vector
+from difflbfgs._vector import Flag, Scalar, Vector
 
 Active = PyTree[Int8[Array, "..."]]
 
@@ -65,14 +65,7 @@ class Box(eqx.Module):
 
     def is_empty(self) -> Flag:
         """Return whether some bounds are crossed, or not a number."""
-        return ~jnp.stack(
-            [
-                jnp.all(lower <= upper)
-                for lower, upper in zip(
-                    jax.tree.leaves(self.lower), jax.tree.leaves(self.upper), strict=True
-                )
-            ]
-        ).all()
+        return any_of(jax.tree.map(lambda low, high: ~(low <= high), self.lower, self.upper))
 
 
 def masked(flags: PyTree, x: Any) -> Any:
@@ -80,14 +73,14 @@ def masked(flags: PyTree, x: Any) -> Any:
     return jax.tree.map(lambda flag, leaf: jnp.where(flag == 0, leaf, 0), flags, x)
 
 
+def any_of(flags: PyTree) -> Flag:
+    """Return whether any flag is set."""
+    return jnp.stack([jnp.any(leaf) for leaf in jax.tree.leaves(flags)]).any()
+
+
 def differ(a: PyTree, b: PyTree) -> Flag:
     """Return whether any entry differs."""
-    return jnp.stack(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.any(a != b), a, b))).any()
-
-
-def number(flags: PyTree) -> Count:
-    """Return how many entries are not zero."""
-    return jnp.asarray(sum(jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in jax.tree.leaves(flags)))
+    return any_of(jax.tree.map(jnp.not_equal, a, b))
 
 
 class Face(eqx.Module):

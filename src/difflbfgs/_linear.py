@@ -342,7 +342,8 @@ class System(eqx.Module):
 
     def _solution(self, v, rtol):
         """Return what the solver makes of `H u = v`, and what it says of it."""
-        solver, inner = self.solver, self.scaled is not self.operator
+        solver = self.solver
+        inner = isinstance(solver, ConjugateGradient) and not self.options  # as in `of`
         if isinstance(solver, ConjugateGradient):
             solver = ConjugateGradient(rtol, solver.max_steps)
         b = _vector.mul(self.scale, v) if inner else v

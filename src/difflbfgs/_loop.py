@@ -35,6 +35,20 @@ _CAUTION = 0.1
 _LEAST_PRODUCTS = 200
 
 
+class Search(eqx.Module):
+    """A solve to be done, but for the problem itself; see `run`."""
+
+    x0: Vector
+    warm: WarmStart | None
+    solver: LBFGS
+    max_steps: int = eqx.field(static=True)
+    callback: Callable[[Step], None] | None = eqx.field(static=True)
+
+    def __call__(self, problem: Problem) -> Outcome:
+        """Minimize."""
+        return run(problem, self.x0, self.warm, self.solver, self.max_steps, self.callback)
+
+
 class Point(eqx.Module):
     """A point, and the objective and its gradient there; the norm is that of its free part."""
 
@@ -228,7 +242,7 @@ def _measure(now: State, found: _Evaluated, settings: Settings) -> Seen:
     y = _vector.sub(found.g, now.point.g)
     if box is not None:
         active = box.active(found.x, g)
-        met = _box.number(found.met) > 0
+        met = _box.any_of(found.met)
         changed = met | _box.differ(active, box.active(now.point.x, now.point.g))
         promise = _vector.where(met, dot(now.point.g, s), found.t * now.slope)
         wall = Wall(promise, met, changed)
@@ -380,21 +394,15 @@ def _record(now: State, after: State, decision: Decision) -> Step:
 def outcome(end: State, box: Box | None = None) -> Outcome:
     """Return where the solve ended."""
     ledger, point = end.ledger, end.point
-    active, weak, counts = None, None, {}
-    if box is not None:
-        active = box.active(point.x, point.g)
-        weak = box.weakly_active(point.x, point.g, active, *_errors(end, active))
-        counts = {"num_active": _box.number(active), "num_weakly_active": _box.number(weak)}
     stats = Stats(
         num_steps=ledger.num_steps,
         num_fun_evals=ledger.num_fun_evals,
         num_hvps=ledger.num_hvps,
         grad_norm=point.grad_norm,
         reference_grad_norm=ledger.scale.reference(),
-        **counts,
     )
     reference, curvature = ledger.scale.reference(), ledger.scale.curvature
-    return Outcome(
+    found = Outcome(
         x=point.x,
         f=point.f,
         result=ledger.result,
@@ -402,9 +410,12 @@ def outcome(end: State, box: Box | None = None) -> Outcome:
         state=WarmStart(point.x, point.g, end.memory, reference, curvature),
         achieved=ledger.achieved,
         regular=ledger.regular,
-        active=active,
-        weak=weak,
     )
+    if box is None:
+        return found
+    active = box.active(point.x, point.g)
+    weak = box.weakly_active(point.x, point.g, active, *_errors(end, active))
+    return found.between(active, weak)
 
 
 def _errors(end: State, active: Active) -> tuple[Vector, Vector]:

@@ -20,6 +20,7 @@ from difflbfgs._checks import (
     no_type_check,
 )
 from difflbfgs._lbfgs import LBFGS, WarmStart
+from difflbfgs._loop import Search
 from difflbfgs._problem import (
     Problem,
     Variables,
@@ -132,8 +133,7 @@ def minimize(
         task = make_task(
             variables, x, state, theta, solver, adjoint, max_steps, throw, callback=callback
         )
-        with short_errors():
-            outcome = _solve_differentiably(task, problem)
+        outcome = solve_differentiably(task, problem)
     return make_solution(variables, outcome, problem.aux(outcome.x) if has_aux else None)
 
 
@@ -166,7 +166,8 @@ def make_task(
     preconditioner = None
     if callable(adjoint.preconditioner):
         preconditioner = make_preconditioner(adjoint.preconditioner, theta, variables, x)
-    return Task(x, state, solver, adjoint, preconditioner, max_steps, throw, callback)
+    search = Search(x, state, solver, max_steps, callback)
+    return Task(search, adjoint, preconditioner, throw)
 
 
 def with_bounds(
@@ -208,9 +209,14 @@ def make_solution(variables: Variables, outcome: Outcome, aux: PyTree = None) ->
     )
 
 
-@eqx.filter_jit
-def _solve_differentiably(task: Task, problem: Problem) -> Outcome:
+def solve_differentiably(task: Task, problem: Problem) -> Outcome:
     """Solve, as one compiled program also where the user did not ask for `jit`."""
+    with short_errors():
+        return _compiled(task, problem)
+
+
+@eqx.filter_jit
+def _compiled(task: Task, problem: Problem) -> Outcome:
     return task.adjoint.differentiable(task, problem)
 
 

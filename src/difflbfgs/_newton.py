@@ -102,11 +102,12 @@ def newton_step(
     d = _vector.scale(-1, _vector.mul(scale, u))
     slope = _vector.dot(g, d)
     solved = (square <= _RESIDUAL * first) & ((test <= forcing) | ended | (square == 0))
-    valid = ~(low < -zero_curvature(high, 0.0)) & (slope < 0)
+    negative = low < -zero_curvature(high, 0.0)
+    valid = ~negative & (slope < 0)
     valid &= jnp.isfinite(slope) & jnp.isfinite(_vector.norm(d))
     residual = jnp.where(square == 0, 0, test)
     products = spent if small else spent + steps
-    return d, slope, Findings(valid, solved, residual, energy, size, products)
+    return d, slope, Findings(valid, negative, solved, residual, energy, size, products)
 
 
 def _assembled(hvp, x: Vector, s: Vector) -> tuple[Callable, Vector, Float[Array, " 2"]]:

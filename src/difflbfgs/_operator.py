@@ -27,7 +27,7 @@ class SymmetricOperator(lx.AbstractLinearOperator):
     shapes: tuple = eqx.field(static=True)
 
     @classmethod
-    def of(cls, product: Callable[[Vector], Vector], like: Vector) -> "SymmetricOperator":
+    def of(cls, product: Callable[[Vector], Vector], like: Vector, **fields: Any) -> Any:
         """Make the operator that `product` computes on vectors like this one."""
         leaves, structure = jax.tree.flatten(like)
 
@@ -36,7 +36,7 @@ class SymmetricOperator(lx.AbstractLinearOperator):
 
         program, consts = trace(flat_product, *leaves)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        return cls(program, consts, structure, shapes)
+        return cls(program, consts, structure, shapes, **fields)
 
     def mv(self, vector):
         """Return `A v`."""
@@ -64,6 +64,18 @@ class SymmetricOperator(lx.AbstractLinearOperator):
         return self.in_structure()
 
 
+class HessianOperator(SymmetricOperator):
+    """The Hessian of an objective, which may be indefinite.
+
+    Attributes:
+        free: which entries of a vector have a row, or `None` for all; the rows of others are zero.
+        slack: curvature that says nothing, see `_krylov.slack`.
+    """
+
+    free: Any = None
+    slack: Any = 0.0
+
+
 def _always(value: bool) -> Callable:
     return lambda operator: value
 
@@ -83,9 +95,14 @@ for _unchanged in (lx.linearise, lx.conj):
     _unchanged.register(SymmetricOperator, lambda operator: operator)
 
 
+lx.is_positive_semidefinite.register(HessianOperator, _always(False))
+
+
 @lx.materialise.register(SymmetricOperator)
 def _(operator):
-    return lx.MatrixLinearOperator(operator.as_matrix(), lx.positive_semidefinite_tag)
+    definite = lx.is_positive_semidefinite(operator)
+    tag = lx.positive_semidefinite_tag if definite else lx.symmetric_tag
+    return lx.MatrixLinearOperator(operator.as_matrix(), tag)
 
 
 @lx.diagonal.register(SymmetricOperator)

@@ -154,6 +154,7 @@ class Findings(eqx.Module):
 
     Attributes:
         valid: the Hessian is positive definite as far as was seen, and `d` a descent direction.
+        negative: negative curvature was seen.
         solved: its equations were solved as well as was asked.
         residual: the part of `λ²` that was left of them.
         energy: `xᵀHx`, or `sᵀHs` of the step to `x` if that is larger.
@@ -162,6 +163,7 @@ class Findings(eqx.Module):
     """
 
     valid: Flag
+    negative: Flag
     solved: Flag
     residual: Scalar
     energy: Scalar
@@ -276,7 +278,7 @@ def first(zero: Scalar, hand_over: Any, reference: Scalar, curvature: Scalar) ->
         steps_energy=zero,
         least_energy=zero,
         predicted=inf,
-        newton=Findings(no, no, zero, zero, zero, none),
+        newton=Findings(no, no, no, zero, zero, zero, none),
         polished=none,
         achieved=inf,
         regular=jnp.asarray(True),

@@ -236,8 +236,8 @@ class Variables(eqx.Module):
         return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def make_variables(x0: PyTree, flatten: bool) -> Variables:
-    """Read the user's `x0`: which leaves are variables, and in which dtype to work.
+def make_variables(x0: PyTree, flatten: bool, name: str = "x0") -> Variables:
+    """Read the user's `x0`, called `name`: which leaves are variables, and in which dtype to work.
 
     Raises:
         ValueError: if `x0` has no inexact array leaf, or none with an entry.
@@ -248,8 +248,9 @@ def make_variables(x0: PyTree, flatten: bool) -> Variables:
     check_dtypes("x0", leaves)
     if sum(jnp.size(leaf) for leaf in leaves) == 0:
         raise ValueError(
-            "x0 has nothing to minimize over: it needs at least one floating-point or complex "
-            f"array with at least one entry, and its leaves are {_describe(x0)}. {_remedy(x0)}"
+            f"{name} has nothing to minimize over: it needs at least one floating-point or complex "
+            f"array with at least one entry, and its leaves are {_describe(x0)}. "
+            f"{_remedy(name, x0)}"
         )
     with jax.numpy_dtype_promotion("standard"):
         promoted = jnp.result_type(*leaves)
@@ -259,7 +260,7 @@ def make_variables(x0: PyTree, flatten: bool) -> Variables:
     return Variables(template, static, working, flatten)
 
 
-def _remedy(x0: PyTree) -> str:
+def _remedy(argument: str, x0: PyTree) -> str:
     for leaf in jax.tree.leaves(x0):
         if dataclasses.is_dataclass(leaf) or isinstance(leaf, types.SimpleNamespace):
             name = type(leaf).__name__
@@ -267,7 +268,7 @@ def _remedy(x0: PyTree) -> str:
                 f"{name} is no PyTree: register it with jax.tree_util.register_dataclass, make it "
                 "an equinox.Module, or pass a dict."
             )
-    return "Write 0.0 for 0, or convert with jnp.asarray(x0, float)."
+    return f"Write 0.0 for 0, or convert with jnp.asarray({argument}, float)."
 
 
 def make_problem(

@@ -20,7 +20,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
-from difflbfgs import _box, _krylov, _loop, _memory, _vector
+from difflbfgs import _box, _krylov, _memory, _vector
 from difflbfgs._box import Face
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import Report, System
@@ -31,23 +31,24 @@ from difflbfgs._vector import Flag, Scalar, Vector
 
 
 class Task(eqx.Module):
-    """A solve to be done, and what its derivative needs to know, but for the problem itself."""
+    """A solve to be done, and what its derivative needs to know, but for the problem itself.
 
-    x0: Vector
-    warm: Any
-    solver: Any
+    Attributes:
+        find: how the minimizer is found: by a search, or by checking a point.
+        adjoint: how it is differentiated.
+        preconditioner: the user's, if any.
+        throw: whether to raise.
+    """
+
+    find: Callable[[Problem], Outcome]
     adjoint: Any
     preconditioner: Callable[[Vector, Vector], Vector] | None
-    max_steps: int = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
-    callback: Callable | None = eqx.field(static=True)
 
     def solve(self, problem: Problem) -> Outcome:
         """Solve, and raise here, where the derivative will see it, if that failed."""
         with interior(problem.name):
-            outcome = _loop.run(
-                problem, self.x0, self.warm, self.solver, self.max_steps, self.callback
-            )
+            outcome = self.find(problem)
         return outcome.raised() if self.throw else outcome
 
     def trusts_value(self, outcome: Outcome) -> Flag:
@@ -116,7 +117,7 @@ class Task(eqx.Module):
     ) -> tuple[Vector, Report]:
         """Solve `H u = v` as the adjoint says; raise if that failed and `throw` is set."""
         achieved, regular = jax.lax.stop_gradient((outcome.achieved, outcome.regular))
-        u, report = self.adjoint.solve(system, v, achieved, start)
+        u, report = self.adjoint.solve_system(system, v, achieved, start)
         refused = ~regular & ~jnp.asarray(self.adjoint.approximate)
         result = RESULTS.where(refused, RESULTS.adjoint_not_converged, report.result)
         result = RESULTS.where(self._is_torn(outcome), RESULTS.weakly_active, result)

@@ -55,6 +55,12 @@ class RESULTS(_OptimistixResults):
         "bound or `theta` a little, solve to a smaller `rtol`, or take the derivative of the free "
         "variable with `approximate=True`."
     )
+    not_a_minimizer = (
+        "The point given to `known_minimizer` is not shown to be a minimizer: the Newton step from "
+        "it is longer than `rtol` of the energy norm of `x`, does not contract, or does not exist. "
+        "Solve to a smaller gradient, or hand `x` to `minimize` as its start; if the point is "
+        "right as it is, loosen `rtol`, or set `atol` above the norm of the gradient."
+    )
     adjoint_not_converged = (
         "The adjoint system H u = v was not solved: its true residual is above tolerance. H may "
         "be singular with v outside its range, or too ill-conditioned for this precision; or the "
@@ -126,6 +132,12 @@ class Outcome(eqx.Module):
     regular: Bool[Array, ""]
     active: Any = None
     weak: Any = None
+
+    def between(self, active: Any, weak: Any) -> "Outcome":
+        """Return the outcome of a solve between bounds, with these variables at them."""
+        counts = {"num_active": number(active), "num_weakly_active": number(weak)}
+        stats = dataclasses.replace(self.stats, **counts)
+        return dataclasses.replace(self, stats=stats, active=active, weak=weak)
 
     def raised(self) -> "Outcome":
         """Return the outcome, whose use raises unless the solve converged.
@@ -249,6 +261,12 @@ def short_errors() -> Iterator[None]:
         if not ours:
             raise
         raise RuntimeError(message.strip()) from None
+
+
+def number(flags: PyTree) -> Int[Array, ""]:
+    """Return how many entries are not zero."""
+    leaves = jax.tree.leaves(flags)
+    return jnp.asarray(sum(jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in leaves))
 
 
 def count(value: int) -> Int[Array, ""]:
