@@ -18,7 +18,7 @@ import numpy as np
 
 import difflbfgs as dl
 import harness
-from difflbfgs import _adjoint, _krylov, _linear
+from difflbfgs import _krylov, _linear, _system
 
 jax.config.update("jax_enable_x64", True)
 
@@ -88,7 +88,7 @@ def main():
             name = problem.__name__
             rows.append({"problem": name, "variables": n, "dense": dense, "cg": cg})
             print(f"{name:26s} {n:5d} {dense * 1e3:7.2f} ms {cg * 1e3:7.2f} ms {dense / cg:11.2f}")
-            if n > _adjoint.DENSE_SIZE:
+            if n > _system.DENSE_SIZE:
                 holds = not easy or cg < dense
             else:
                 holds = dense < (2 if easy else 1.5) * cg

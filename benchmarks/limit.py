@@ -25,7 +25,7 @@ import difflbfgs as dl
 import growth
 import harness
 from collection import COLLECTION
-from difflbfgs import _adjoint
+from difflbfgs import _system
 
 matplotlib.use("Agg")
 
@@ -60,7 +60,7 @@ def hessian_products(problem):
 
     def run(x0, theta):
         _, product = jax.linearize(lambda x: jax.grad(problem.inner)(x, theta), x0)
-        if x0.size <= _adjoint.DENSE_SIZE:
+        if x0.size <= _system.DENSE_SIZE:
             return jax.vmap(product)(jnp.arange(1.0, 1 + LOOP)[:, None] * (1 + x0))  # no constants
         return jax.lax.fori_loop(0, LOOP, lambda _, v: product(v), jnp.ones_like(x0))
 

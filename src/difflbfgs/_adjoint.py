@@ -1,6 +1,5 @@
 """The choices that a user has in differentiating the minimizer."""
 
-import abc
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import PyTree
 
-from difflbfgs import _rule, _symmetric, _vector
+from difflbfgs import _symmetric, _vector
 from difflbfgs._checks import (
     check_flag,
     check_instance,
@@ -17,60 +16,15 @@ from difflbfgs._checks import (
     check_tolerance,
     no_type_check,
 )
-from difflbfgs._krylov import ConjugateGradient, is_negative
-from difflbfgs._linear import Accuracy, Dense, Report, System
-from difflbfgs._operator import SymmetricOperator
-from difflbfgs._problem import Problem
-from difflbfgs._rule import Task
-from difflbfgs._solution import RESULTS, Outcome, count
-from difflbfgs._vector import Scalar, Vector
+from difflbfgs._krylov import is_negative
+from difflbfgs._linear import Accuracy, Report, System
+from difflbfgs._solution import RESULTS, count
+from difflbfgs._system import AbstractAdjoint, default_system
 
-# Up to this many variables the Hessian is assembled and factorised; see benchmarks/crossover.py.
-DENSE_SIZE = 64
-_MAX_PRODUCTS = 10_000
 # Relative residuals: however exact the forward solve is, the adjoint is not solved any further than
 # to the first; however early that stopped, it is solved to the second.
 _FINEST = 3e-11
 _LOOSEST = 1e-2
-
-
-@no_type_check
-class AbstractAdjoint(eqx.Module):
-    """How the minimizer is differentiated: how `H u = v` is solved, and in which mode.
-
-    Attributes:
-        ridge: added to the diagonal of `H`.
-        preconditioner: what approximates `H⁻¹`.
-        approximate: whether a solve that did not converge may be differentiated.
-    """
-
-    ridge: eqx.AbstractVar[Any]
-    preconditioner: eqx.AbstractVar[Any]
-    approximate: eqx.AbstractVar[Any]
-
-    @property
-    def needs_products(self) -> bool:
-        """Whether a solve with the Hessian multiplies by it."""
-        return True
-
-    @abc.abstractmethod
-    def system(
-        self,
-        operator: SymmetricOperator,
-        slack: Scalar,
-        preconditioner: SymmetricOperator | None,
-    ) -> System:
-        """Return `H u = v`, ready to be solved; of either sign, curvature below `slack` is none."""
-
-    @abc.abstractmethod
-    def solve_system(
-        self, system: System, v: Vector, achieved: Scalar, start: Vector | None = None
-    ) -> tuple[Vector, Report]:
-        """Solve the system, the forward solve having left this relative error."""
-
-    @abc.abstractmethod
-    def differentiable(self, task: Task, problem: Problem) -> Outcome:
-        """Solve; return an outcome whose `x` and `f` can be differentiated."""
 
 
 class _Exact(AbstractAdjoint):
@@ -164,17 +118,6 @@ class _Exact(AbstractAdjoint):
         return Accuracy(wanted, jnp.maximum(wanted, eps**0.5))
 
 
-def default_system(
-    operator: SymmetricOperator, slack: Scalar, preconditioner: SymmetricOperator | None
-) -> System:
-    """Return `H u = v` with the solver that suits its size."""
-    n = operator.out_size()
-    if n <= DENSE_SIZE and preconditioner is None:
-        return System.of(operator, Dense(slack), slack)
-    solver = ConjugateGradient(0.1, min(10 * n, _MAX_PRODUCTS))
-    return System.of(operator, solver, slack, preconditioner)
-
-
 @no_type_check
 class ImplicitAdjoint(_Exact):
     """Reverse-mode derivative of the minimizer by the implicit function theorem.
@@ -211,10 +154,6 @@ class ImplicitAdjoint(_Exact):
         ValueError: if `rtol` or `ridge` is negative.
     """
 
-    def differentiable(self, task: Task, problem: Problem) -> Outcome:
-        """Solve; return an outcome whose `x` and `f` can be differentiated."""
-        return _reverse(task, problem)
-
 
 @no_type_check
 class ForwardImplicitAdjoint(_Exact):
@@ -224,11 +163,10 @@ class ForwardImplicitAdjoint(_Exact):
     The arguments are those of `ImplicitAdjoint`.
     """
 
-    def differentiable(self, task: Task, problem: Problem) -> Outcome:
-        """Solve; return an outcome whose `x` and `f` can be differentiated."""
-        static, params, arrays = _rule.split(task, problem)
-        outcome = _rule.forward(static, params, arrays)
-        return _with_objective(outcome, _rule.forward_objective(static, params, arrays, outcome))
+    @property
+    def forward_mode(self) -> bool:
+        """Whether the derivative is a `custom_jvp`: yes."""
+        return True
 
 
 @no_type_check
@@ -299,17 +237,3 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
             negative = is_negative(low, high, system.slack)
             result = RESULTS.where(negative, RESULTS.indefinite_hessian, result)
         return u, Report(result, count(products), jnp.full_like(low, jnp.nan), low, high)
-
-    def differentiable(self, task: Task, problem: Problem) -> Outcome:
-        """Solve; return an outcome whose `x` and `f` can be differentiated."""
-        return _reverse(task, problem)
-
-
-def _reverse(task: Task, problem: Problem) -> Outcome:
-    static, params, arrays = _rule.split(task, problem)
-    outcome = _rule.reverse(static, params, arrays)
-    return _with_objective(outcome, _rule.reverse_objective(static, params, arrays, outcome))
-
-
-def _with_objective(outcome: Any, f: Scalar) -> Outcome:
-    return eqx.tree_at(lambda outcome: outcome.f, outcome, f)

@@ -10,25 +10,14 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from difflbfgs import _vector
-from difflbfgs._box import Box
+from difflbfgs._box import Bounds, Box
 from difflbfgs._problem import Variables, split_theta
-from difflbfgs._program import Program, trace
+from difflbfgs._program import trace
 
 _FORM = (
     "Pass bounds=(lower, upper), each None, a number for all variables, or a PyTree like x0 or a "
     "prefix of it; for SciPy's list of pairs that is (jnp.array(lowers), jnp.array(uppers))."
 )
-
-
-class Bounds(eqx.Module):
-    """The bounds as a function of `theta`'s inexact leaves and of what they are made of."""
-
-    program: Program = eqx.field(static=True)
-    consts: PyTree
-
-    def box(self, theta: list[Array]) -> Box:
-        """Return the box."""
-        return self.program(self.consts, *theta)
 
 
 def make_bounds(bounds: Any, theta: PyTree, variables: Variables, x0: PyTree) -> Bounds | None:

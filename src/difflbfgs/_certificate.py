@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from difflbfgs import _adjoint, _box, _vector
+from difflbfgs import _box, _vector
 from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._linear import Accuracy, Dense, Report, System
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem, differentiation, interior
-from difflbfgs._rule import Task
 from difflbfgs._solution import RESULTS, Outcome, count, has_converged
+from difflbfgs._system import default_system
+from difflbfgs._task import Smooth, Task
 from difflbfgs._vector import Count, Scalar, Vector
 
 # How well the two systems of the estimate are solved: it is to be right within a factor, not exact.
@@ -82,7 +83,7 @@ def _certified(task, inner, outer, start):
     residual = residual / _vector.nonzero(system.length(v))
     shared = shifted is H and isinstance(system.solver, Dense | ConjugateGradient)
     if not shared:
-        system = _adjoint.default_system(H, system.slack, system.options.get("preconditioner"))
+        system = default_system(H, system.slack, system.options.get("preconditioner"))
     estimate = _estimate(inner, outer, outcome, u, gradient, system, report)
     factored = shared and isinstance(system.solver, Dense)
     certified = (report.result != RESULTS.successful) | jnp.isfinite(estimate.error)
@@ -102,7 +103,7 @@ def _certified(task, inner, outer, start):
     )
 
 
-def lagrangian(inner: Any, outer: Problem, x: Vector, u: Vector) -> Scalar:
+def lagrangian(inner: Smooth, outer: Problem, x: Vector, u: Vector) -> Scalar:
     """Return `F(x) - uᵀ∇f(x)`."""
     return outer.value(x) - _vector.dot(u, inner.gradient(x))
 
@@ -156,7 +157,7 @@ def _rounded_off(x: Vector) -> Vector:
     return jax.tree.map(move, x)
 
 
-def _rounding(inner: Any, x: Vector, system: System) -> Scalar:
+def _rounding(inner: Smooth, x: Vector, system: System) -> Scalar:
     """Return the rounding error to expect of the gradient at the least.
 
     It is a sum that cancels: of terms as large as `Hx`, which one rounding of `x` shows, and as

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from difflbfgs import _certificate, _rule
-from difflbfgs._adjoint import AbstractAdjoint, ImplicitAdjoint
+from difflbfgs._adjoint import ImplicitAdjoint
 from difflbfgs._certificate import Certified, certified
 from difflbfgs._checks import (
     check_callable,
@@ -23,8 +23,9 @@ from difflbfgs._lanes import lane_by_lane
 from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._minimize import make_solution, make_task, with_bounds
 from difflbfgs._problem import Problem, make_problem, make_variables, split_theta
-from difflbfgs._rule import Task
 from difflbfgs._solution import Solution, short_errors
+from difflbfgs._system import AbstractAdjoint
+from difflbfgs._task import Task
 from difflbfgs._vector import Scalar, Vector
 
 

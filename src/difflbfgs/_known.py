@@ -15,14 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from difflbfgs import _box, _krylov, _memory, _phases, _vector
-from difflbfgs._adjoint import (
-    DENSE_SIZE,
-    AbstractAdjoint,
-    ForwardImplicitAdjoint,
-    ImplicitAdjoint,
-    default_system,
-)
-from difflbfgs._box import Face
+from difflbfgs._adjoint import ForwardImplicitAdjoint, ImplicitAdjoint
 from difflbfgs._checks import (
     check_callable,
     check_flag,
@@ -30,15 +23,17 @@ from difflbfgs._checks import (
     check_tolerance,
     no_type_check,
 )
+from difflbfgs._face import Face
 from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._linear import Accuracy
 from difflbfgs._minimize import make_solution, solve_differentiably, with_bounds
 from difflbfgs._newton import newton_step
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem, make_preconditioner, make_problem, make_variables
-from difflbfgs._rule import Task
 from difflbfgs._scale import rounding
 from difflbfgs._solution import RESULTS, Outcome, Solution, Stats, count
+from difflbfgs._system import DENSE_SIZE, AbstractAdjoint, default_system
+from difflbfgs._task import Task
 from difflbfgs._vector import Count, Flag, Scalar
 
 # As many products as the Newton step cares to take.

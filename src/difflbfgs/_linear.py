@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from difflbfgs import _vector
 from difflbfgs._krylov import ConjugateGradient, SymmetricSolver, is_negative, zero_curvature
@@ -362,3 +362,22 @@ def _rayleigh(u, hu) -> Float[Array, ""]:
     """Return `uᵀHu / uᵀu`, given `H u`; infinite where `u` is zero."""
     square = _vector.dot(u, u)
     return jnp.where(square > 0, _vector.dot(u, hu) / jnp.where(square > 0, square, 1), jnp.inf)
+
+
+def differentiable_solve(
+    matvec: Callable, b: Vector, solve: Callable, has_aux: bool = False
+) -> Any:
+    """Solve a symmetric system by `solve`, and differentiate that by `matvec`."""
+    b = _with_whole_tangent(b)
+    return jax.lax.custom_linear_solve(matvec, b, solve, symmetric=True, has_aux=has_aux)
+
+
+@jax.custom_jvp
+def _with_whole_tangent(tree: PyTree) -> PyTree:
+    """Return `tree`; if one leaf of its tangent is a symbolic zero, JAX's linear solve raises."""
+    return tree
+
+
+@_with_whole_tangent.defjvp
+def _with_whole_tangent_jvp(primals, tangents):
+    return primals[0], tangents[0]

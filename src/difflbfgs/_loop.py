@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import optax
 
 from difflbfgs import _box, _lanes, _memory, _phases, _vector, _wolfe
-from difflbfgs._box import Active, Box, Face
+from difflbfgs._box import Active, Box
+from difflbfgs._face import Face
 from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._memory import Pair
 from difflbfgs._newton import newton_step

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from difflbfgs import _unrolled
-from difflbfgs._adjoint import AbstractAdjoint, ImplicitAdjoint
+from difflbfgs._adjoint import ImplicitAdjoint
 from difflbfgs._bounds import make_bounds
 from difflbfgs._checks import (
     check_callable,
@@ -29,8 +29,10 @@ from difflbfgs._problem import (
     make_problem,
     make_variables,
 )
-from difflbfgs._rule import Task
+from difflbfgs._rule import differentiable
 from difflbfgs._solution import Outcome, Solution, short_errors
+from difflbfgs._system import AbstractAdjoint
+from difflbfgs._task import Task
 from difflbfgs._unrolled import Unrolled, UnrolledState
 from difflbfgs._vector import Vector
 
@@ -217,7 +219,7 @@ def solve_differentiably(task: Task, problem: Problem) -> Outcome:
 
 @eqx.filter_jit
 def _compiled(task: Task, problem: Problem) -> Outcome:
-    return task.adjoint.differentiable(task, problem)
+    return differentiable(task, problem)
 
 
 _raised = eqx.filter_jit(Outcome.raised)

@@ -21,6 +21,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from difflbfgs import _vector
+from difflbfgs._box import Bounds, Box
 from difflbfgs._checks import check_dtypes
 from difflbfgs._program import Program, contains, trace
 from difflbfgs._vector import Scalar, Vector
@@ -36,14 +37,14 @@ class Problem(eqx.Module):
     theta: list[Array]
     consts: PyTree
     name: str = eqx.field(static=True)
-    bounds: Any = None
+    bounds: Bounds | None = None
 
     def at(self, theta: list[Array]) -> "Problem":
         """Return the problem with other values for the inexact leaves of `theta`."""
         return Problem(self.program, theta, self.consts, self.name, self.bounds)
 
-    def box(self) -> Any:
-        """Return the bounds as a `Box`, or `None`."""
+    def box(self) -> Box | None:
+        """Return the bounds, if there are any."""
         return None if self.bounds is None else self.bounds.box(self.theta)
 
     def free(self, v: Vector) -> Vector:

@@ -11,14 +11,15 @@ from jaxtyping import PyTree
 
 from difflbfgs import _vector
 from difflbfgs._lanes import lane_by_lane
-from difflbfgs._linear import Report, System
+from difflbfgs._linear import Report, System, differentiable_solve
 from difflbfgs._operator import HessianOperator, SymmetricOperator
 from difflbfgs._problem import interior
 from difflbfgs._solution import RESULTS, raised, short_errors
+from difflbfgs._system import AbstractAdjoint
 from difflbfgs._vector import Scalar, Vector
 
 
-def solve(adjoint: Any, operator: Any, b: PyTree, throw: bool) -> tuple[PyTree, Report]:
+def solve(adjoint: AbstractAdjoint, operator: Any, b: PyTree, throw: bool) -> tuple[PyTree, Report]:
     """Solve as the adjoint says, which is an `ImplicitAdjoint` or the like.
 
     Raises:
@@ -48,7 +49,7 @@ def _solve(adjoint, operator, b, throw):
             return lane_by_lane(_solve_alone)(adjoint, system, v, throw)
 
         matvec = _completed(adjoint, _product(operator), free, fill)
-        found: Any = jax.lax.custom_linear_solve(matvec, v, in_lanes, symmetric=True, has_aux=True)
+        found = differentiable_solve(matvec, v, in_lanes, has_aux=True)
     u, report = found
     return _from_vector(u, operator), report
 

@@ -23,13 +23,14 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from difflbfgs import _memory, _vector
-from difflbfgs._adjoint import AbstractAdjoint, ImplicitAdjoint
+from difflbfgs._adjoint import ImplicitAdjoint
 from difflbfgs._checks import check_callable
 from difflbfgs._krylov import SymmetricSolver
 from difflbfgs._lbfgs import WarmStart
 from difflbfgs._memory import Pair
 from difflbfgs._problem import Variables
 from difflbfgs._solution import RESULTS, Outcome
+from difflbfgs._system import AbstractAdjoint
 from difflbfgs._vector import Vector
 
 # JAXopt's solvers stop at 1e-5 if not told otherwise; what is above this was not solved.

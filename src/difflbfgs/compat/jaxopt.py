@@ -31,8 +31,9 @@ from difflbfgs._checks import (
 from difflbfgs._lbfgs import WarmStart
 from difflbfgs._minimize import make_task, with_bounds
 from difflbfgs._problem import Problem, Variables, interior, make_problem, make_variables
-from difflbfgs._rule import Task
+from difflbfgs._rule import differentiable
 from difflbfgs._solution import RESULTS, Outcome
+from difflbfgs._task import Task
 from difflbfgs._vector import Scalar, Vector
 from difflbfgs._watch import Step, watch
 from difflbfgs.compat._jaxopt import (
@@ -358,7 +359,7 @@ def _unpack(params: PyTree) -> tuple[PyTree, LbfgsState | None]:
 
 @eqx.filter_jit
 def _solve(task: Task, problem: Problem, has_aux: bool) -> tuple[Outcome, Any, Any]:
-    outcome = task.adjoint.differentiable(task, problem)
+    outcome = differentiable(task, problem)
     return outcome, *_value_and_aux(problem, outcome, has_aux)
 
 
