@@ -21,7 +21,7 @@ from difflbfgs._checks import (
 )
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._lbfgs import LBFGS, WarmStart
-from difflbfgs._minimize import make_solution, make_task, with_bounds
+from difflbfgs._minimize import check_watchers, make_solution, make_task, with_bounds
 from difflbfgs._problem import Problem, make_problem, make_variables, split_theta
 from difflbfgs._solution import Solution, short_errors
 from difflbfgs._system import AbstractAdjoint
@@ -82,6 +82,8 @@ def value_and_hypergrad(
     adjoint: AbstractAdjoint = ImplicitAdjoint(),
     max_steps: int = 1000,
     throw: bool = True,
+    callback: Callable | None = None,
+    stop: Callable | None = None,
 ) -> Callable[..., tuple[Float[Array, ""], PyTree, HypergradInfo]]:
     """Make a function that returns an outer loss, its hypergradient, and an error estimate of it.
 
@@ -126,6 +128,8 @@ def value_and_hypergrad(
         max_steps: bound on the steps of the inner solve.
         throw: raise if the inner solve or the adjoint did not converge. If `False`, `info.result`
             says what happened, the gradient is NaN and the error estimate infinite.
+        callback: called after every step of the inner solve, as in `minimize`.
+        stop: ends the inner solve, as in `minimize`.
 
     Returns:
         A function `step(theta, x0, state=None)`, which returns `(value, grad, info)`. `grad` has
@@ -163,6 +167,7 @@ def value_and_hypergrad(
     check_instance("adjoint", adjoint, (AbstractAdjoint,), "ImplicitAdjoint()")
     check_positive_integer("max_steps", max_steps)
     check_flag("throw", throw)
+    check_watchers(callback, stop)
 
     def step(theta: PyTree, x0: PyTree, state: HypergradState | None = None):
         variables = make_variables(x0, solver.flatten)
@@ -175,7 +180,9 @@ def value_and_hypergrad(
         ]
         problems[0] = with_bounds(problems[0], bounds, theta, variables, x0, solver)
         warm = None if state is None else state.solve
-        task = make_task(variables, x, warm, theta, solver, adjoint, max_steps, throw)
+        task = make_task(
+            variables, x, warm, theta, solver, adjoint, max_steps, throw, callback, stop
+        )
         u = None if state is None else jax.lax.stop_gradient(state.adjoint)
         with short_errors():
             found = _compiled(task, u, problems)

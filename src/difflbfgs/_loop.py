@@ -27,7 +27,7 @@ from difflbfgs._problem import Problem
 from difflbfgs._scale import rounding
 from difflbfgs._solution import Outcome, Stats, count
 from difflbfgs._vector import Count, Flag, Scalar, Vector
-from difflbfgs._watch import Step, watch
+from difflbfgs._watch import Step, Stop, watch
 from difflbfgs._wolfe import Line, Trial
 
 # The first step down the gradient is no longer than this part of the size of x, or of 1.
@@ -37,17 +37,40 @@ _LEAST_PRODUCTS = 200
 
 
 class Search(eqx.Module):
-    """A solve to be done, but for the problem itself; see `run`."""
+    """A solve to be done, but for the problem itself."""
 
     x0: Vector
     warm: WarmStart | None
     solver: LBFGS
     max_steps: int = eqx.field(static=True)
-    callback: Callable[[Step], None] | None = eqx.field(static=True)
+    callback: Callable[[Step], None] | None = eqx.field(default=None, static=True)
+    stop: Stop | None = None
 
     def __call__(self, problem: Problem) -> Outcome:
-        """Minimize."""
-        return run(problem, self.x0, self.warm, self.solver, self.max_steps, self.callback)
+        """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
+        with jax.numpy_dtype_promotion("standard"):
+            return self._end(problem)
+
+    def _end(self, problem: Problem) -> Outcome:
+        x0 = self.x0 if self.warm is None else self.warm.x
+        settings = make_settings(self.solver, x0, self.max_steps, problem.box())
+        start = begin(settings, self.warm)
+
+        def advance(now: State) -> State:
+            after, step = trip(problem, now, settings)
+            if self.stop is not None:
+                record = _record(now, after, step)
+                wanted = step.taken & step.step & self.stop(record, after.point.x)
+                after = eqx.tree_at(lambda a: a.ledger, after, after.ledger.stopped(wanted))
+            waits = _lanes.waits(now.ledger.over())
+            watched = step.step | (after.ledger.over() & (after.ledger.num_steps > 0))
+            watch(self.callback, _record(now, after, step), watched & ~waits)
+            return _lanes.held(waits, now, after, lambda state: _memory.rows(state.memory))
+
+        def unfinished(now: State) -> Flag:
+            return _lanes.anywhere(~now.ledger.over())
+
+        return outcome(jax.lax.while_loop(unfinished, advance, start), settings.box)
 
 
 class Point(eqx.Module):
@@ -102,32 +125,6 @@ class _Evaluated(eqx.Module):
     search: Any
     evaluations: Count
     met: Any = None  # the variables that met their bounds on the way
-
-
-def run(
-    problem: Problem,
-    x0: Vector,
-    warm: WarmStart | None,
-    solver: LBFGS,
-    max_steps: int,
-    callback: Callable[[Step], None] | None,
-) -> Outcome:
-    """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
-    with jax.numpy_dtype_promotion("standard"):
-        settings = make_settings(solver, x0 if warm is None else warm.x, max_steps, problem.box())
-        start = begin(settings, warm)
-
-        def advance(now: State) -> State:
-            after, step = trip(problem, now, settings)
-            waits = _lanes.waits(now.ledger.over())
-            watched = step.step | (after.ledger.over() & (after.ledger.num_steps > 0))
-            watch(callback, _record(now, after, step), watched & ~waits)
-            return _lanes.held(waits, now, after, lambda state: _memory.rows(state.memory))
-
-        def unfinished(now: State) -> Flag:
-            return _lanes.anywhere(~now.ledger.over())
-
-        return outcome(jax.lax.while_loop(unfinished, advance, start), settings.box)
 
 
 def make_settings(

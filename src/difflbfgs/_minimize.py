@@ -27,6 +27,7 @@ from difflbfgs._problem import (
     check_same_shape,
     make_preconditioner,
     make_problem,
+    make_stop,
     make_variables,
 )
 from difflbfgs._rule import differentiable
@@ -51,6 +52,7 @@ def minimize(
     throw: bool = True,
     state: Any = None,
     callback: Callable | None = None,
+    stop: Callable | None = None,
 ) -> Solution:
     """Minimize `fun(x, theta)` over `x`, such that the minimizer is differentiable by `theta`.
 
@@ -87,6 +89,10 @@ def minimize(
             evaluations and Hessian products (`benchmarks/warm_starts.py`).
         callback: called as `callback(step)` with a `difflbfgs.Step` after every step of `LBFGS`,
             jitted or not, for example `progress_bar()`. What it raises ends the solve.
+        stop: a JAX function `stop(step) -> bool` of the same record and of `step.value`, the
+            variables, called after every step that is taken. `True` ends the solve as `stopped`,
+            which does not raise; its derivative is refused, as that of a failed solve. It may close
+            over traced arrays and is not differentiated. Under `jax.vmap` each lane stops alone.
 
     Returns:
         A `difflbfgs.Solution`.
@@ -116,13 +122,17 @@ def minimize(
     check_flag("has_aux", has_aux)
     check_positive_integer("max_steps", max_steps)
     check_flag("throw", throw)
-    if callback is not None:
-        check_callable("callback", callback, "Pass for example callback=progress_bar().")
+    check_watchers(callback, stop)
     variables = make_variables(x0, solver.flatten)
     x = variables.to_vector(x0)
     problem = make_problem(fun, theta, variables, x, has_aux)
     problem = with_bounds(problem, bounds, theta, variables, x0, solver)
     if isinstance(solver, Unrolled):
+        if stop is not None:
+            raise ValueError(
+                f"stop ends a solve of LBFGS, got {stop!r} with {solver!r}, which takes its "
+                "num_steps. Drop it, or pass solver=LBFGS()."
+            )
         _check_state(state, UnrolledState)
         if state is not None:
             check_same_shape(state.x, x)
@@ -133,10 +143,18 @@ def minimize(
     else:
         _check_state(state, WarmStart)
         task = make_task(
-            variables, x, state, theta, solver, adjoint, max_steps, throw, callback=callback
+            variables, x, state, theta, solver, adjoint, max_steps, throw, callback, stop
         )
         outcome = solve_differentiably(task, problem)
     return make_solution(variables, outcome, problem.aux(outcome.x) if has_aux else None)
+
+
+def check_watchers(callback: Any, stop: Any) -> None:
+    """Raise a `TypeError` unless these are functions, or `None`."""
+    if callback is not None:
+        check_callable("callback", callback, "Pass for example callback=progress_bar().")
+    if stop is not None:
+        check_callable("stop", stop, "It is called as stop(step) and returns a boolean.")
 
 
 def make_task(
@@ -149,6 +167,7 @@ def make_task(
     max_steps: int,
     throw: bool,
     callback: Callable | None = None,
+    stop: Callable | None = None,
 ) -> Task:
     """Return the solve that the user's settings describe; nothing of it can be differentiated by.
 
@@ -168,7 +187,8 @@ def make_task(
     preconditioner = None
     if callable(adjoint.preconditioner):
         preconditioner = make_preconditioner(adjoint.preconditioner, theta, variables, x)
-    search = Search(x, state, solver, max_steps, callback)
+    wanted = None if stop is None else make_stop(stop, variables, x)
+    search = Search(x, state, solver, max_steps, callback, wanted)
     return Task(search, adjoint, preconditioner, throw)
 
 

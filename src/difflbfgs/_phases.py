@@ -221,6 +221,15 @@ class Ledger(eqx.Module):
         """Return whether the solve has ended."""
         return self.phase == DONE
 
+    def stopped(self, wanted: Flag) -> "Ledger":
+        """Return the ledger of a solve that is to end here, if it is `wanted` and has not ended."""
+        ends = wanted & ~self.over()
+        return dataclasses.replace(
+            self,
+            phase=_vector.where(ends, DONE, self.phase),
+            result=RESULTS.where(ends, RESULTS.stopped, self.result),
+        )
+
     def exhausted(self, terms: Terms) -> Flag:
         """Return whether no more steps are allowed."""
         if terms.max_steps is None:

@@ -25,6 +25,7 @@ from difflbfgs._box import Bounds, Box
 from difflbfgs._checks import check_dtypes
 from difflbfgs._program import Program, contains, trace
 from difflbfgs._vector import Scalar, Vector
+from difflbfgs._watch import Step, Stop
 
 
 class Problem(eqx.Module):
@@ -348,6 +349,30 @@ def make_preconditioner(
     leaves, pair = jax.tree.flatten((x, x))
     program, consts = trace(lambda *leaves: apply(*pair.unflatten(leaves)), *leaves)
     return Preconditioner(program, consts)
+
+
+def make_stop(stop: Callable, variables: Variables, x: Vector) -> Stop:
+    """Trace the user's `stop(step) -> bool`, the variables being a vector.
+
+    Raises:
+        TypeError: if it does not return a boolean scalar.
+    """
+    zero, number, no = jnp.zeros((), variables.dtype), jnp.asarray(0, jnp.int32), jnp.asarray(False)
+    leaves, structure = jax.tree.flatten((Step(number, number, zero, zero, zero, no), x))
+
+    def traced(*leaves):
+        step, x = structure.unflatten(leaves)
+        out = stop(dataclasses.replace(step, value=variables.outside(x)))
+        scalar = eqx.is_array_like(out) and jnp.shape(out) == ()
+        if not scalar or not jnp.issubdtype(jnp.result_type(out), jnp.bool_):
+            raise TypeError(
+                f"stop must return a boolean scalar, and it returned {out!r}. Compare arrays in "
+                "it, as in step.grad_norm < 1e-3, and reduce what is larger with jnp.all."
+            )
+        return jnp.asarray(out)
+
+    program, consts = trace(traced, *leaves)
+    return Stop(program, jax.lax.stop_gradient(consts))
 
 
 def _split(name, out, has_aux):

@@ -100,6 +100,7 @@ def _forward_objective_jvp(static, primals, tangents):
     """
     params, arrays, outcome = primals
     task, problem = merge(static, params, arrays)
+    outcome = task.guarded(outcome, jnp.asarray(True))
 
     face = task.on_face(problem, outcome)
 
@@ -136,6 +137,7 @@ def _reverse_objective_bwd(static, residuals, cotangent):
     params, arrays, outcome = residuals
     task, problem = merge(static, params, arrays)
     trusted = task.trusts_value(outcome)
+    outcome = task.guarded(outcome, cotangent != 0)
     face = task.on_face(problem, outcome)
     with differentiation(problem.name):
         _, pullback = jax.vjp(lambda p: _with_params(face, p, problem).value(outcome.x), params)

@@ -61,6 +61,10 @@ class RESULTS(_OptimistixResults):
         "Solve to a smaller gradient, or hand `x` to `minimize` as its start; if the point is "
         "right as it is, loosen `rtol`, or set `atol` above the norm of the gradient."
     )
+    stopped = (
+        "The solve ended because `stop` said so, and not at a minimizer: there is no derivative. "
+        "Let it go on with `state=`, or differentiate where it stopped with `approximate=True`."
+    )
     adjoint_not_converged = (
         "The adjoint system H u = v was not solved: its true residual is above tolerance. H may "
         "be singular with v outside its range, or too ill-conditioned for this precision; or the "
@@ -82,6 +86,11 @@ class RESULTS(_OptimistixResults):
         "and not a minimum: the implicit derivative does not apply. Start elsewhere, or add a "
         "regulariser."
     )
+
+
+def has_failed(result: Any) -> Bool[Array, "*batch"]:
+    """Return whether `result` is of a solve that neither converged nor was to stop."""
+    return ~has_converged(result) & (result != RESULTS.stopped)
 
 
 class Stats(eqx.Module):
@@ -140,12 +149,12 @@ class Outcome(eqx.Module):
         return dataclasses.replace(self, stats=stats, active=active, weak=weak)
 
     def raised(self) -> "Outcome":
-        """Return the outcome, whose use raises unless the solve converged.
+        """Return the outcome, whose use raises if the solve failed.
 
         What a check guards is copied, and so the curvature pairs in `state` are left out.
         """
         guarded = self.x, self.f, self.result, self.stats
-        x, f, result, stats = raised(guarded, ~has_converged(self.result), self.result)
+        x, f, result, stats = raised(guarded, has_failed(self.result), self.result)
         state = eqx.tree_at(lambda state: state.x, self.state, x)
         changed = {"x": x, "f": f, "result": result, "stats": stats, "state": state}
         return dataclasses.replace(self, **changed)

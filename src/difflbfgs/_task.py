@@ -58,6 +58,19 @@ class Task(eqx.Module):
             return jnp.asarray(False)
         return outcome.stats.num_weakly_active > 0
 
+    def _was_stopped(self, outcome: Outcome) -> Flag:
+        """Return whether a solve that is not to raise for it has to in its derivative."""
+        approximate = jnp.asarray(self.adjoint.approximate)
+        return (outcome.result == RESULTS.stopped) & ~approximate
+
+    def guarded(self, outcome: Outcome, used: Flag) -> Outcome:
+        """Return the outcome, whose use raises if it was stopped, and a derivative is `used`."""
+        if not self.throw:
+            return outcome
+        failed = self._was_stopped(outcome) & used
+        x = raised(outcome.x, failed, RESULTS.stopped)
+        return eqx.tree_at(lambda outcome: outcome.x, outcome, x)
+
     def on_face(self, problem: Problem, outcome: Outcome) -> Smooth:
         """Return the problem that is to be differentiated, active variables being held."""
         if outcome.active is None:
@@ -113,6 +126,7 @@ class Task(eqx.Module):
         refused = ~regular & ~jnp.asarray(self.adjoint.approximate)
         result = RESULTS.where(refused, RESULTS.adjoint_not_converged, report.result)
         result = RESULTS.where(self._is_torn(outcome), RESULTS.weakly_active, result)
+        result = RESULTS.where(self._was_stopped(outcome), RESULTS.stopped, result)
         report = eqx.tree_at(lambda report: report.result, report, result)
         if self.throw:
             failed = (report.result != RESULTS.successful) & ~_vector.is_zero(v)

@@ -7,14 +7,17 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from difflbfgs._program import Program
+from difflbfgs._vector import Flag, Vector
 
 # Seconds from one line that stays to the next, in a terminal and in a log.
 _SHORT, _LONG = 1.0, 10.0
 
 
 class Step(eqx.Module):
-    """What a `callback` receives after every step.
+    """What a `callback`, or `stop`, receives after every step.
 
     Attributes:
         num_steps: steps so far.
@@ -24,6 +27,7 @@ class Step(eqx.Module):
         step_size: multiple of the direction that was taken; 0 if none was.
         last: whether the solve is over, once. If no step was taken to find that out, the record is
             the last one again. The adjoint follows and is not watched.
+        value: the variables, in the structure of `x0`; for `stop` only.
     """
 
     num_steps: Int[Array, ""]
@@ -32,6 +36,7 @@ class Step(eqx.Module):
     grad_norm: Float[Array, ""]
     step_size: Float[Array, ""]
     last: Bool[Array, ""] | bool = False
+    value: PyTree = None
 
     def __repr__(self) -> str:
         """Show the numbers, not only their types."""
@@ -52,6 +57,17 @@ def watch(callback: Callable | None, step: Step, taken: Bool[Array, ""] | bool =
             callback(step)
 
     jax.debug.callback(call, step, taken)
+
+
+class Stop(eqx.Module):
+    """The user's `stop`, as a function of a record and a vector."""
+
+    program: Program = eqx.field(static=True)
+    consts: PyTree
+
+    def __call__(self, step: Step, x: Vector) -> Flag:
+        """Return whether the solve is to end here."""
+        return self.program(self.consts, *jax.tree.leaves((step, x)))
 
 
 def progress_bar() -> Callable[[Step], None]:
