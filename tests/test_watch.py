@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def test_lanes_of_a_batch_that_have_ended_are_silent():
     problem = make_problem(ridge, THETA, make_variables(x0, True), x0)
 
     def num_steps(theta):  # as on an accelerator, where the lanes are not taken in turn
-        end = _loop.run(problem.at([theta]), x0, None, PLAIN, 100, steps.append)
+        end = _loop.Search(x0, None, PLAIN, 100, steps.append)(problem.at([theta]))
         return end.stats.num_steps
 
     counts = jax.vmap(num_steps)(THETA + jnp.asarray([[0.0], [3.0], [-3.0]]))
@@ -165,3 +166,30 @@ def test_progress_bar_without_tqdm_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match="pip install tqdm"):
         dl.progress_bar()
+
+
+class _Quarter(NamedTuple):
+    learning_rate: jax.Array
+
+
+def test_the_length_that_the_users_line_search_found_is_shown():
+    def init(params):
+        del params
+        return _Quarter(jnp.asarray(0.25))
+
+    def update(updates, state, params=None, **others):
+        del params, others
+        return optax.tree.scale(0.25, updates), state
+
+    steps = []
+    dl.minimize(
+        lambda x, _: jnp.sum(jnp.cosh(x)),
+        jnp.ones(3),
+        solver=dl.LBFGS(
+            linesearch=optax.GradientTransformationExtraArgs(init, update), polish=0, rtol=1e-2
+        ),
+        callback=steps.append,
+    )
+    jax.effects_barrier()
+    # Down the gradient 1 is too short, and the next trial of the search 6.25 times as long.
+    assert [float(step.step_size) for step in steps][:2] == [0.25 * 6.25, 0.25]

@@ -59,12 +59,12 @@ class Search(eqx.Module):
         def advance(now: State) -> State:
             after, step = trip(problem, now, settings)
             if self.stop is not None:
-                record = _record(now, after, step)
+                record = _record(after, step)
                 wanted = step.taken & step.step & self.stop(record, after.point.x)
                 after = eqx.tree_at(lambda a: a.ledger, after, after.ledger.stopped(wanted))
             waits = _lanes.waits(now.ledger.over())
             watched = step.step | (after.ledger.over() & (after.ledger.num_steps > 0))
-            watch(self.callback, _record(now, after, step), watched & ~waits)
+            watch(self.callback, _record(after, step), watched & ~waits)
             return _lanes.held(waits, now, after, lambda state: _memory.rows(state.memory))
 
         def unfinished(now: State) -> Flag:
@@ -383,9 +383,9 @@ def _first_length(point: Point, scale) -> Scalar:
     return jnp.minimum(t, 10 * room / _CAUTION / safe)
 
 
-def _record(now: State, after: State, decision: Decision) -> Step:
+def _record(after: State, decision: Decision) -> Step:
     counts = after.ledger.num_steps, after.ledger.num_fun_evals
-    step_size = _vector.where(decision.taken, now.line.t, 0)
+    step_size = _vector.where(decision.taken, decision.length, 0)
     return Step(*counts, after.point.f, after.point.grad_norm, step_size, after.ledger.over())
 
 

@@ -260,6 +260,7 @@ class Decision(eqx.Module):
         turn: a direction is to be had from the memory, or down the gradient.
         restart: the memory is to be emptied first.
         step: a step was counted.
+        length: multiple of the direction that was tried.
     """
 
     taken: Flag
@@ -267,6 +268,7 @@ class Decision(eqx.Module):
     turn: Flag
     restart: Flag
     step: Flag
+    length: Scalar
 
 
 def first(zero: Scalar, hand_over: Any, reference: Scalar, curvature: Scalar) -> Ledger:
@@ -470,7 +472,7 @@ def decide(
     line = _vector.where(
         search.back, _wolfe.settled(line), _wolfe.advance(line, trial, search.judged, finite)
     )
-    return Decision(taken, ask, turn, search.failed, step), after, line
+    return Decision(taken, ask, turn, search.failed, step, seen.trial.t), after, line
 
 
 def _is_near(

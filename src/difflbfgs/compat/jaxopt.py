@@ -375,7 +375,7 @@ def _trips(
         now, t = carry
         after, decision = _loop.trip(problem, now, settings)
         stays = jnp.all(after.point.x == now.point.x)
-        return after, _vector.where(decision.step, _vector.where(stays, 0, now.line.t), t)
+        return after, _vector.where(decision.step, _vector.where(stays, 0, decision.length), t)
 
     with interior(problem.name), jax.numpy_dtype_promotion("standard"):
         start = _loop.begin(settings, warm), jnp.ones((), x.dtype)

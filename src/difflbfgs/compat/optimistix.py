@@ -137,7 +137,7 @@ class LBFGS(optx.AbstractMinimiser):
                 grad_norm=("Gradient norm", before.point.grad_norm),
                 step_size=("Step size", state.length),
             )
-        length = jnp.where(decision.taken, before.line.t, 0)
+        length = jnp.where(decision.taken, decision.length, 0)
         state = _undifferentiable(_State(x0, after, length, shown))
         return variables.outside(after.point.x), state, fn(y, args)[1]
 
