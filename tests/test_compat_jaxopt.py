@@ -14,6 +14,8 @@ from difflbfgs.compat._jaxopt import make_adjoint
 from difflbfgs.compat.jaxopt import LBFGS, LBFGSB, LbfgsState, OptStep
 from problems import relative_error, tolerance
 
+pytestmark = pytest.mark.slow
+
 # The signature and the state of JAXopt 0.8.5.
 ARGUMENTS = {
     "fun": inspect.Parameter.empty,

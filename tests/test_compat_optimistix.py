@@ -13,6 +13,8 @@ from difflbfgs.compat.optimistix import LBFGS
 from problems import THETA as DECAY
 from problems import ridge
 
+pytestmark = pytest.mark.slow
+
 SOLVER = LBFGS(rtol=1e-9, atol=1e-9)
 PSD = frozenset({lx.positive_semidefinite_tag})
 

@@ -14,6 +14,8 @@ from jax.flatten_util import ravel_pytree
 import difflbfgs as dl
 from problems import THETA, TIGHT, C, X, relative_error, ridge, ridge_solution, tolerance
 
+pytestmark = pytest.mark.slow
+
 ADJOINT = dl.ImplicitAdjoint()
 
 

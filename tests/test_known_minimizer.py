@@ -23,6 +23,8 @@ from problems import (
     tolerance,
 )
 
+pytestmark = pytest.mark.slow
+
 SOLUTION = ridge_solution(THETA)
 EXACT = jax.grad(lambda theta: outer(ridge_solution(theta)))(THETA)
 

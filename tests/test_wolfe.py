@@ -18,7 +18,7 @@ def searched(phi, first, level=None, trials=MAX_TRIALS):
         trial = Trial(line.t, *value_and_slope(line.t))
         finite = jnp.isfinite(trial.f) & jnp.isfinite(trial.slope)
         lengths.append(float(line.t))
-        judged = _wolfe.judge(line, f, slope, trial, level, finite)
+        judged = _wolfe.judge(line, f, slope, trial, level, finite, trial.t * slope)
         if judged.holds:
             return lengths, True, line
         line = _wolfe.advance(line, trial, judged, finite)

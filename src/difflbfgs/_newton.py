@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from difflbfgs import _lanes, _vector
-from difflbfgs._krylov import zero_curvature
+from difflbfgs._krylov import slack, zero_curvature
 from difflbfgs._linear import diagonal_scales, equilibrate
 from difflbfgs._phases import Findings
 from difflbfgs._solution import count
@@ -103,7 +103,9 @@ def newton_step(
     slope = _vector.dot(g, d)
     solved = (square <= _RESIDUAL * first) & ((test <= forcing) | ended | (square == 0))
     negative = low < -zero_curvature(high, 0.0)
-    valid = ~negative & (slope < 0)
+    # Beside a minimum with a symmetry there is a little, and the step leads there all the same.
+    explained = solved & (low >= -slack(x, jnp.sqrt(_vector.dot(g, g))))
+    valid = (~negative | explained) & (slope < 0)
     valid &= jnp.isfinite(slope) & jnp.isfinite(_vector.norm(d))
     residual = jnp.where(square == 0, 0, test)
     products = spent if small else spent + steps

@@ -153,7 +153,8 @@ class Findings(eqx.Module):
     """What is known of a Newton step.
 
     Attributes:
-        valid: the Hessian is positive definite as far as was seen, and `d` a descent direction.
+        valid: `d` is a descent direction, and the Hessian positive definite as far as was seen, or
+            its negative curvature no more than the gradient explains.
         negative: negative curvature was seen.
         solved: its equations were solved as well as was asked.
         residual: the part of `λ²` that was left of them.
@@ -376,7 +377,7 @@ class _Polished(eqx.Module):
         kept = polishing & (contracts | (finite & holds)) & lower & ~tiny
         ratio = jnp.maximum(along / _vector.nonzero(decrement), ledger.newton.residual)
         left = decrement * _vector.where(kept & contracts, ratio, 1)
-        solved = polishing & ledger.newton.solved
+        solved = polishing & ledger.newton.solved & ~ledger.newton.negative
         small = terms.rtol**2 * energy
         # After a step that contracted, the decrement is what that one left.
         seen_before = (ledger.polished > 0) | tiny
