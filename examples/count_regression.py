@@ -37,15 +37,16 @@ BOUNDS = ({"beta": None, "alpha": FLOOR}, None)
 
 def load():
     """Return features and counts, for each digit and image."""
-    data = load_digits()
-    ink = data.images / data.images.sum(axis=(1, 2), keepdims=True)
+    pixels, labels = load_digits(return_X_y=True)
+    images = pixels.reshape(-1, 8, 8)
+    ink = images / images.sum(axis=(1, 2), keepdims=True)
     rows, columns = np.mgrid[:8, :8]
     y, x = (np.sum(ink * at, axis=(1, 2))[:, None, None] for at in (rows, columns))
     slant = np.sum(ink * (rows - y) * (columns - x), axis=(1, 2))
     width = np.sqrt(np.sum(ink * (columns - x) ** 2, axis=(1, 2)))
     features = np.stack([slant, width], axis=1)
-    counts = np.sum(data.images == 16, axis=(1, 2))
-    chosen = [np.flatnonzero(data.target == digit)[:IMAGES] for digit in range(10)]
+    counts = np.sum(images == 16, axis=(1, 2))
+    chosen = [np.flatnonzero(labels == digit)[:IMAGES] for digit in range(10)]
     X, Y = np.stack([features[c] for c in chosen]), np.stack([counts[c] for c in chosen])
     X = (X - X.mean(axis=1, keepdims=True)) / X.std(axis=1, keepdims=True)
     return jnp.asarray(np.concatenate([np.ones((10, IMAGES, 1)), X], axis=2)), jnp.asarray(Y, float)
