@@ -132,6 +132,31 @@ def test_sharded_parameters():
     assert close(gradient, jax.grad(loss, has_aux=True)(1.5, here)[0])
 
 
+def test_sharded_parameters_between_bounds():
+    n = 8 * 64
+    start = jax.device_put({"w": np.zeros(n)}, SPREAD)
+    centre = jax.device_put(np.sin(np.arange(n)), SPREAD)
+    upper = jax.device_put({"w": np.full(n, 0.5)}, SPREAD)
+
+    def bowl(x, theta):
+        return jnp.sum(jnp.cosh(x["w"] - theta * centre)) + 0.1 * jnp.sum(x["w"] ** 2) ** 1.5 / n
+
+    def loss(theta, upper):
+        solver = dl.LBFGS(flatten=False)
+        solution = dl.minimize(bowl, start, theta, bounds=(-0.9, upper), solver=solver)
+        return jnp.sum(solution.value["w"] * centre), (solution.value["w"], solution.active["w"])
+
+    differentiate = jax.grad(loss, (0, 1), has_aux=True)
+    program = jax.jit(differentiate).lower(1.5, upper).compile()
+    gradients, (w, active) = program(1.5, upper)
+    assert w.sharding.is_equivalent_to(SPREAD, 1)
+    assert collectives(program) == {"all-reduce"}
+    assert set(np.asarray(active)) == {-1, 0, 1}
+    alone, _ = differentiate(1.5, jax.tree.map(np.asarray, upper))
+    assert close(gradients[0], alone[0])
+    assert close(gradients[1]["w"], alone[1]["w"])
+
+
 def test_sharded_tasks():
     thetas = np.linspace(-1, 1, 16)[:, None] + THETA
 
