@@ -7,7 +7,8 @@ Every code is asked for a projected gradient of 2-norm `1e-6 max(1, ‖that at x
 evaluations: the gradient without the components that point out of the box at a bound. SciPy's
 L-BFGS-B is stopped when it gets there. The table counts problems solved; evaluations, for
 difflbfgs with Hessian products among them, as the median ratio to SciPy's over what both solved;
-false successes; and evaluations outside the box. JAXopt is run up to 100 variables. All 80 problems take `--full`.
+false successes; and evaluations outside the box. JAXopt is run up to
+100 variables. All 80 problems take `--full`.
 
 Up to 100 variables the minimizer of `f(x) + Σ s θ x`, with `s` a slope of the objective, is
 differentiated at a random `θ` in a random direction, along random weights, and compared with
