@@ -122,15 +122,21 @@ def _cutest_package(folder):
     Importing `sif2jax` as a whole builds every problem, for a minute and a half. So its packages
     are entered without running what they would import.
     """
+    root, parts = _sif2jax_folder(), ("cutest", folder)
+    for depth in range(len(parts) + 1):
+        package = types.ModuleType(".".join(("sif2jax", *parts[:depth])))
+        package.__path__ = ["/".join((root, *parts[:depth]))]
+        sys.modules.setdefault(package.__name__, package)
+    return ".".join(("sif2jax", *parts))
+
+
+@functools.cache
+def _sif2jax_folder() -> str:
+    """Return where the package is, which cannot be asked once it is entered."""
     spec = importlib.util.find_spec("sif2jax")
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError("CUTEst's problems come with the package sif2jax. Install it.")
-    root, parts = spec.submodule_search_locations[0], ("cutest", folder)
-    for depth in range(len(parts) + 1):
-        package = types.ModuleType(".".join((spec.name, *parts[:depth])))
-        package.__path__ = ["/".join((root, *parts[:depth]))]
-        sys.modules.setdefault(package.__name__, package)
-    return ".".join((spec.name, *parts))
+    return spec.submodule_search_locations[0]
 
 
 def _cast(leaf, dtype):
