@@ -265,7 +265,7 @@ def short_errors() -> Iterator[None]:
     """Raise the message of a failed solve alone, without what JAX adds to it."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # which of the two depends on JAX's dispatch
         _, ours, message = str(error).partition(f"{_SolveFailed.__name__}: ")
         if not ours:
             raise
