@@ -20,16 +20,14 @@ _FORM = (
 )
 
 
-def make_bounds(bounds: Any, theta: PyTree, variables: Variables, x0: PyTree) -> Bounds | None:
-    """Read `(lower, upper)`, or a function from `theta` to that; `None` is no bounds at all.
+def make_bounds(bounds: Any, theta: PyTree, variables: Variables, x0: PyTree) -> Bounds:
+    """Read `(lower, upper)`, or a function from `theta` to that.
 
     Raises:
         TypeError: if it is not a pair of what bounds may be.
         ValueError: if bounds are crossed or NaN, do not fit their leaf, or are of a leaf that is
             complex or no variable.
     """
-    if bounds is None:
-        return None
     of_theta = bounds if callable(bounds) else lambda _: bounds
     leaves, structure, static = split_theta(theta)
 
@@ -37,7 +35,7 @@ def make_bounds(bounds: Any, theta: PyTree, variables: Variables, x0: PyTree) ->
         pair = of_theta(eqx.combine(structure.unflatten(leaves), static))
         return _read(pair, variables, x0)
 
-    _check_order(box(*leaves), variables)
+    _check_order(box(*leaves))
     program, consts = trace(box, *leaves)
     return Bounds(program, consts)
 
@@ -113,7 +111,7 @@ def _broadcast(bound: Any, leaf: Array, name: str) -> Array:
         ) from error
 
 
-def _check_order(box: Box, variables: Variables) -> None:
+def _check_order(box: Box) -> None:
     """Raise a `ValueError` if the bounds are known and cross, or are not a number."""
     pairs = zip(jax.tree.leaves(box.lower), jax.tree.leaves(box.upper), strict=True)
     for lower, upper in pairs:

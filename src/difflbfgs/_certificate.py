@@ -22,13 +22,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from difflbfgs import _box, _vector
+from difflbfgs._face import Smooth
 from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._linear import Accuracy, Dense, Report, System
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem, differentiation, interior
 from difflbfgs._solution import RESULTS, Outcome, count, has_converged
 from difflbfgs._system import default_system
-from difflbfgs._task import Smooth, Task
+from difflbfgs._task import Task
 from difflbfgs._vector import Count, Scalar, Vector
 
 # How well the two systems of the estimate are solved: it is to be right within a factor, not exact.
@@ -150,9 +151,7 @@ def _rounded_off(x: Vector) -> Vector:
     """Return `x` with every entry moved by about one rounding, up and down in a fixed pattern."""
 
     def move(leaf):
-        k = jax.lax.iota(jnp.uint32, leaf.size).reshape(leaf.shape)
-        sign = jnp.where(jax.lax.population_count(k) % 2 == 0, 1, -1)
-        return leaf * (1 + sign.astype(leaf.dtype) * jnp.finfo(leaf.dtype).eps)
+        return leaf * (1 + _vector.signs(leaf) * jnp.finfo(leaf.dtype).eps)
 
     return jax.tree.map(move, x)
 

@@ -14,6 +14,7 @@ Stability Analysis in Nonlinear Programming, 1983, section 3.2). The Hessian of 
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -37,7 +38,7 @@ class Face(eqx.Module):
     def of(cls, problem: Problem, active: Active, x: Vector) -> "Face":
         """Return the face of `problem` at `x`; `κ` is a Rayleigh quotient of its Hessian."""
         face = cls(problem, active, jnp.ones((), _vector.dtype(x)))
-        along = masked(active, jax.tree.map(_signs, x))
+        along = masked(active, jax.tree.map(_vector.signs, x))
         square = _vector.dot(along, along)
         bent = _vector.dot(along, face.product(x, along)) / _vector.nonzero(square)
         kappa = _vector.nonzero(jnp.where(jnp.isfinite(bent), jnp.abs(bent), 1))
@@ -117,13 +118,13 @@ class Face(eqx.Module):
 
     def _placed(self, x: Vector) -> Vector:
         """Return `x` with the active variables at their bounds, and the free ones in the box."""
-        away = jax.tree.map(jnp.subtract, jax.lax.stop_gradient(self._box().project(x)), x)
-        inside = jax.tree.map(lambda x, a: x + jax.lax.stop_gradient(a), x, away)
+        inside = jax.tree.map(
+            lambda x, nearest: x + jax.lax.stop_gradient(nearest - x), x, self._box().project(x)
+        )
         return jax.tree.map(
             lambda a, bound, x: jnp.where(a == 0, x, bound), self.active, self._bounds(), inside
         )
 
 
-def _signs(leaf: Array) -> Array:
-    signs = 1 - 2 * (jax.lax.population_count(jax.lax.iota(jnp.uint32, leaf.size)) % 2)
-    return signs.astype(leaf.dtype).reshape(leaf.shape)
+# What is differentiated at a minimizer: the problem, or with bounds the face that they leave.
+Smooth: TypeAlias = Problem | Face

@@ -23,13 +23,18 @@ from difflbfgs._checks import (
     check_tolerance,
     no_type_check,
 )
-from difflbfgs._face import Face
+from difflbfgs._face import Face, Smooth
 from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._linear import Accuracy
-from difflbfgs._minimize import make_solution, solve_differentiably, with_bounds
+from difflbfgs._minimize import (
+    make_solution,
+    own_preconditioner,
+    solve_differentiably,
+    with_bounds,
+)
 from difflbfgs._newton import newton_step
 from difflbfgs._operator import SymmetricOperator
-from difflbfgs._problem import Problem, make_preconditioner, make_problem, make_variables
+from difflbfgs._problem import Problem, make_problem, make_variables
 from difflbfgs._scale import rounding
 from difflbfgs._solution import RESULTS, Outcome, Solution, Stats, count
 from difflbfgs._system import DENSE_SIZE, AbstractAdjoint, default_system
@@ -133,9 +138,7 @@ def known_minimizer(
     problem = make_problem(fun, theta, variables, vector, has_aux)
     problem = with_bounds(problem, bounds, theta, variables, x, LBFGS())
     vector = jax.lax.stop_gradient(vector)
-    preconditioner = None
-    if adjoint.preconditioner is not None:
-        preconditioner = make_preconditioner(adjoint.preconditioner, theta, variables, vector)
+    preconditioner = own_preconditioner(adjoint, theta, variables, vector)
     rtol = _vector.epsilon(vector) ** 0.25 if rtol is None else rtol
     task = Task(Check(vector, rtol, atol), adjoint, preconditioner, throw)
     outcome = solve_differentiably(task, problem)
@@ -157,7 +160,7 @@ class Check(eqx.Module):
     def _outcome(self, problem: Problem) -> Outcome:
         x, box = self.x, problem.box()
         f, gradient = problem.value_and_gradient(x)
-        face: Any = problem
+        face: Smooth = problem
         active, inside = None, jnp.asarray(True)
         if box is not None:
             active = box.active(x, gradient)

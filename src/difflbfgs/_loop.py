@@ -18,7 +18,7 @@ import optax
 
 from difflbfgs import _box, _lanes, _memory, _phases, _vector, _wolfe
 from difflbfgs._box import Active, Box
-from difflbfgs._face import Face
+from difflbfgs._face import Face, Smooth
 from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._memory import Pair
 from difflbfgs._newton import newton_step
@@ -290,7 +290,7 @@ def _with_newton_step(
 ) -> tuple[State, Decision]:
     """Ask Newton's method for a step; where it has none, the search goes on."""
     x, g, active = now.point.x, now.point.g, settings.active(now.point)
-    face: Any = problem
+    face: Smooth = problem
     if active is not None:
         face = Face(problem, active, _vector.nonzero(now.ledger.scale.curvature))
         x, g, s = (_box.masked(active, v) for v in (x, g, s))
@@ -349,20 +349,17 @@ def _turned(now: State, decision: Decision, settings: Settings) -> State:
         length = _first_length(now.point, now.ledger.scale)
         d = _vector.where(known, updates, _vector.scale(-length, g))
         slope = _vector.where(known, slope, -(length * grad_norm) * grad_norm)
-        t = jnp.ones_like(slope)
-        return d, slope, memory, t, known
+        return d, slope, memory, known
 
     def keep():
-        return now.d, now.slope, now.memory, now.line.t, jnp.asarray(False)
+        return now.d, now.slope, now.memory, jnp.asarray(False)
 
-    found = jax.lax.cond(_lanes.anywhere(decision.turn), direction, keep)
-    d, slope, memory, t, known = found
     turned = decision.turn
-    (d, slope, t), memory = (
-        _lanes.only(turned, (d, slope, t), (now.d, now.slope, now.line.t)),
-        _lanes.held(_lanes.waits(~turned), now.memory, memory, _memory.rows),
-    )
-    line = _vector.where(turned, _wolfe.begin(now.point.f, slope, t), now.line)
+    d, slope, memory, known = jax.lax.cond(_lanes.anywhere(turned), direction, keep)
+    d, slope = _lanes.only(turned, (d, slope), (now.d, now.slope))
+    memory = _lanes.held(_lanes.waits(~turned), now.memory, memory, _memory.rows)
+    line = _wolfe.begin(now.point.f, slope, jnp.ones_like(slope))
+    line = _vector.where(turned, line, now.line)
     ledger = _phases.turned(now.ledger, turned & known, grad_norm, slope, settings.terms)
     # Of a solve that ends here the newest pair is the one that Optax would form next.
     ended = eqx.tree_at(_memory.rows, now.memory, _memory.rows(memory))

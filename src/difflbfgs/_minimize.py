@@ -22,6 +22,7 @@ from difflbfgs._checks import (
 from difflbfgs._lbfgs import LBFGS, WarmStart
 from difflbfgs._loop import Search
 from difflbfgs._problem import (
+    Preconditioner,
     Problem,
     Variables,
     check_same_shape,
@@ -184,12 +185,19 @@ def make_task(
                 f"{solver.memory_size}. Keep memory_size, or drop state=."
             )
     x, state = jax.lax.stop_gradient((x, state))
-    preconditioner = None
-    if callable(adjoint.preconditioner):
-        preconditioner = make_preconditioner(adjoint.preconditioner, theta, variables, x)
     wanted = None if stop is None else make_stop(stop, variables, x)
     search = Search(x, state, solver, max_steps, callback, wanted)
-    return Task(search, adjoint, preconditioner, throw)
+    preconditioner = own_preconditioner(adjoint, theta, variables, x)
+    return Task(search, adjoint, preconditioner, throw, stops=stop is not None)
+
+
+def own_preconditioner(
+    adjoint: AbstractAdjoint, theta: PyTree, variables: Variables, x: Vector
+) -> Preconditioner | None:
+    """Return the adjoint's preconditioner that is a function of the user's, traced, if any."""
+    if not callable(adjoint.preconditioner):
+        return None
+    return make_preconditioner(adjoint.preconditioner, theta, variables, x)
 
 
 def with_bounds(

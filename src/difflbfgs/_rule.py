@@ -21,12 +21,12 @@ from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import PyTree
 
 from difflbfgs import _vector
-from difflbfgs._face import Face
+from difflbfgs._face import Face, Smooth
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import differentiable_solve
 from difflbfgs._problem import Problem, differentiation
 from difflbfgs._solution import Outcome
-from difflbfgs._task import Smooth, Task
+from difflbfgs._task import Task
 from difflbfgs._vector import Flag, Scalar, Vector
 
 

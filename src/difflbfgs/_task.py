@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from difflbfgs import _box, _krylov, _memory, _vector
-from difflbfgs._face import Face
+from difflbfgs._face import Face, Smooth
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import Report, System, differentiable_solve
 from difflbfgs._operator import SymmetricOperator
@@ -17,9 +16,6 @@ from difflbfgs._problem import Problem, interior
 from difflbfgs._solution import RESULTS, Outcome, has_converged, raised
 from difflbfgs._system import AbstractAdjoint
 from difflbfgs._vector import Flag, Vector
-
-# What is differentiated at a minimizer: the problem, or with bounds the face that they leave.
-Smooth: TypeAlias = Problem | Face
 
 
 class Task(eqx.Module):
@@ -30,12 +26,14 @@ class Task(eqx.Module):
         adjoint: how it is differentiated.
         preconditioner: the user's, if any.
         throw: whether to raise.
+        stops: whether the search may be told to stop.
     """
 
     find: Callable[[Problem], Outcome]
     adjoint: AbstractAdjoint
     preconditioner: Callable[[Vector, Vector], Vector] | None
     throw: bool = eqx.field(static=True)
+    stops: bool = eqx.field(default=False, static=True)
 
     def solve(self, problem: Problem) -> Outcome:
         """Solve, and raise here, where the derivative will see it, if that failed."""
@@ -60,12 +58,13 @@ class Task(eqx.Module):
 
     def _was_stopped(self, outcome: Outcome) -> Flag:
         """Return whether a solve that is not to raise for it has to in its derivative."""
-        approximate = jnp.asarray(self.adjoint.approximate)
-        return (outcome.result == RESULTS.stopped) & ~approximate
+        if not self.stops or self.adjoint.approximate:
+            return jnp.asarray(False)
+        return outcome.result == RESULTS.stopped
 
     def guarded(self, outcome: Outcome, used: Flag) -> Outcome:
         """Return the outcome, whose use raises if it was stopped, and a derivative is `used`."""
-        if not self.throw:
+        if not self.throw or not self.stops:
             return outcome
         failed = self._was_stopped(outcome) & used
         x = raised(outcome.x, failed, RESULTS.stopped)

@@ -84,6 +84,12 @@ def nonzero(length: Scalar) -> Scalar:
     return jnp.where(length > 0, length, 1)
 
 
+def signs(like: Array) -> Array:
+    """Return ones of both signs, in a fixed pattern that no period matches."""
+    k = jax.lax.iota(jnp.uint32, like.size).reshape(like.shape)
+    return jnp.where(jax.lax.population_count(k) % 2 == 0, 1, -1).astype(like.dtype)
+
+
 def unit(x: _T) -> _T:
     """Return `x / ‖x‖`, or zero if `x` is zero."""
     length = nonzero(norm(x))
