@@ -31,6 +31,7 @@ import scipy.optimize
 import difflbfgs as dl
 import harness
 import objectives
+import report
 
 MAX_EVALUATIONS = 3000
 TAU = 1e-6
@@ -239,15 +240,8 @@ def draw(rows, path) -> None:
             for r in rows
         ]
     )
-    best = costs.min(axis=1, keepdims=True)
-    ratios = np.where(np.isfinite(costs), costs / np.where(np.isfinite(best), best, 1), np.inf)
-    grid = np.logspace(0, 1, 200)
-    for name, column in zip(SOLVERS, ratios.T, strict=True):
-        share = [(column <= r).mean() for r in grid]
-        panel.step(grid, share, label=name, where="post", lw=2.5 if name in OURS else 1)
-    panel.set(xscale="log", xlabel="evaluations / the best solver's", ylim=(0, 1))
+    report.performance_profile(panel, costs, SOLVERS, OURS)
     panel.set_ylabel("share of bounded problems solved")
-    panel.grid(alpha=0.3)
     panel.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -121,14 +121,8 @@ def draw(rows, path) -> None:
                 for row in smooth
             ]
         )
-        best = costs.min(axis=1, keepdims=True)
-        ratios = np.where(np.isfinite(costs), costs / np.where(np.isfinite(best), best, 1), np.inf)
-        grid = np.logspace(0, 1, 200)
-        for name, column in zip(SOLVERS, ratios.T, strict=True):
-            share = [(column <= r).mean() for r in grid]
-            panel.step(grid, share, label=name, where="post", lw=2.5 if name in OURS else 1)
-        panel.set(xscale="log", xlabel="evaluations / the best solver's", title=dtype, ylim=(0, 1))
-        panel.grid(alpha=0.3)
+        report.performance_profile(panel, costs, SOLVERS, OURS)
+        panel.set_title(dtype)
     panels[0].set_ylabel("share of smooth problems solved")
     panels[1].legend(loc="lower right")
     figure.tight_layout()

@@ -126,6 +126,21 @@ def hypergradient_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def performance_profile(panel, costs: np.ndarray, names, ours) -> None:
+    """Draw the share of problems (rows) that each solver solved with r times the best's cost.
+
+    What was not solved costs infinity. (Dolan & Moré, 2002)
+    """
+    best = costs.min(axis=1, keepdims=True)
+    ratios = np.where(np.isfinite(costs), costs / np.where(np.isfinite(best), best, 1), np.inf)
+    grid = np.logspace(0, 1, 200)
+    for name, column in zip(names, ratios.T, strict=True):
+        share = [(column <= r).mean() for r in grid]
+        panel.step(grid, share, label=name, where="post", lw=2.5 if name in ours else 1)
+    panel.set(xscale="log", xlabel="evaluations / the best solver's", ylim=(0, 1))
+    panel.grid(alpha=0.3)
+
+
 def limit_table(rows: list[dict]) -> str:
     """Return a table of the work in a hypergradient, and how much longer than that it takes."""
     head = "| problem (variables) | evaluations | products | time | over that of the work |"

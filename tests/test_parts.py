@@ -43,7 +43,7 @@ def test_a_pair_placed_in_the_memory_is_the_one_optax_uses():
     updates, _ = engine.update(g, (memory, *state[1:]), x)
     exact = -dense_bfgs([(np.asarray(s), np.asarray(y))], float(s @ y / (y @ y)), 4) @ np.asarray(g)
     assert relative_error(updates, exact) < 1e-12
-    isotropic = _memory.isotropic(x, g, jnp.asarray(7.0))
+    isotropic = _memory.Pair(g, 7 * g)
     memory = _memory.emptied(_memory.moved(memory, x, g, isotropic))
     updates, _ = engine.update(g, (memory, *state[1:]), x)
     assert relative_error(updates, -g / 7) < 1e-12

@@ -26,6 +26,11 @@ def no_type_check(checked: _T) -> _T:
     return checked
 
 
+def shown(tree: Any) -> str:
+    """Return a PyTree as a message shows it: structure, dtypes and shapes."""
+    return eqx.tree_pformat(tree, struct_as_array=True)
+
+
 def check_positive_integer(name: str, value: Any) -> None:
     """Raise unless `value` is a Python integer of at least 1."""
     _check_integer(name, value, 1)

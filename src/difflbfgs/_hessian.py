@@ -3,17 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import PyTree
 
 from difflbfgs import _krylov, _vector
-from difflbfgs._checks import check_callable, check_flag, no_type_check
-from difflbfgs._operator import HessianOperator
+from difflbfgs._checks import check_callable, check_flag, no_type_check, shown
+from difflbfgs._operator import HessianOperator, kept
 from difflbfgs._problem import Variables, interior, make_problem, make_variables
-from difflbfgs._vector import Vector
 
 
 @no_type_check
@@ -82,7 +80,7 @@ def hessian_operator(
     kinds = [leaf.dtype for leaf in jax.tree.leaves(variables.template)]
     if any(jnp.issubdtype(kind, jnp.complexfloating) for kind in kinds):
         raise ValueError(
-            f"x must be real, got {_shown(variables.template)}. Give real and imaginary part as "
+            f"x must be real, got {shown(variables.template)}. Give real and imaginary part as "
             "two leaves, and put them together in fun with jax.lax.complex."
         )
     free = None if active is None else _free(active, variables)
@@ -91,11 +89,11 @@ def hessian_operator(
     structure = jax.tree.structure(variables.template)
 
     def product(tree: PyTree) -> PyTree:
-        rows = problem.product(vector, _kept(free, jax.tree.leaves(tree)))
-        return structure.unflatten(_kept(free, rows))
+        rows = problem.product(vector, kept(free, jax.tree.leaves(tree)))
+        return structure.unflatten(kept(free, rows))
 
     with interior("fun"):
-        grad_norm = _vector.norm(_kept(free, problem.gradient(vector)))
+        grad_norm = _vector.norm(kept(free, problem.gradient(vector)))
         slack = jax.lax.stop_gradient(_krylov.slack(vector, grad_norm))
         return HessianOperator.of(
             product,
@@ -103,10 +101,6 @@ def hessian_operator(
             free=None if free is None else structure.unflatten(free),
             slack=jnp.where(jnp.isfinite(slack), slack, 0),
         )
-
-
-def _shown(tree: PyTree) -> str:
-    return eqx.tree_pformat(tree, struct_as_array=True)
 
 
 def _free(active: PyTree, variables: Variables) -> list[Any]:
@@ -120,14 +114,7 @@ def _free(active: PyTree, variables: Variables) -> list[Any]:
     if not fits or any(jnp.issubdtype(kind, jnp.inexact) for kind in kinds):
         raise ValueError(
             f"active must have an integer or Boolean leaf in the shape of each variable, "
-            f"{_shown(variables.template)}, and None for other leaves of x, got {_shown(active)}. "
+            f"{shown(variables.template)}, and None for other leaves of x, got {shown(active)}. "
             "Make it with jax.tree.map from equinox.filter(x, equinox.is_inexact_array)."
         )
     return [jnp.asarray(leaf) == 0 for leaf in leaves]
-
-
-def _kept(free: list[Any] | None, vector: Vector) -> Vector:
-    """Return the vector where it is free, and zero elsewhere."""
-    if free is None:
-        return vector
-    return [jnp.where(flag, leaf, 0) for flag, leaf in zip(free, vector, strict=True)]

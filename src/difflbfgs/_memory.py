@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from difflbfgs import _vector
+from difflbfgs._scale import is_curved
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 
 
@@ -32,9 +33,7 @@ class Pair(eqx.Module):
         Where squares are out of range it is not.
         """
         s, y = (jnp.sqrt(_vector.dot(v, v)) for v in (self.s, self.y))
-        curved = _vector.dot(self.s, self.y)
-        least = jnp.maximum(_vector.epsilon(self.s) * s * y, jnp.finfo(s.dtype).tiny)
-        return (curved > least) & (curved < jnp.inf)
+        return is_curved(_vector.dot(self.s, self.y), s, y)
 
     def curvature(self) -> Scalar:
         """Return `‖y‖ / ‖s‖`, a Rayleigh-like quotient of the Hessian along `s`; 0 if `s = 0`."""
@@ -47,17 +46,6 @@ class Pair(eqx.Module):
         curved = self.is_curved()
         rho = jnp.where(curved, 1 / jnp.where(curved, sy, 1), 0)
         return rho, jnp.where(curved, sy / jnp.where(curved, yy, 1), 1)
-
-
-def isotropic(x: Vector, g: Vector, curvature: Scalar) -> Pair:
-    """Return the pair after which the inverse Hessian is `P = I / curvature`.
-
-    It lies along the gradient, so that the next step is one along the steepest descent; it is as
-    long as `x`, so that no digit is lost when Optax recovers it from a difference of points.
-    """
-    length = jnp.maximum(_vector.norm(x), _vector.norm(g) / _vector.nonzero(curvature))
-    s = _vector.scale(length, _vector.unit(g))
-    return Pair(s, _vector.scale(curvature, s))
 
 
 def empty(x: Vector, size: int) -> optax.ScaleByLBFGSState:

@@ -76,6 +76,11 @@ class HessianOperator(SymmetricOperator):
     slack: Any = 0.0
 
 
+def kept(free: Any, v: Vector) -> Vector:
+    """Return `v` where it is `free`, and zero elsewhere; all of it if that is `None`."""
+    return v if free is None else jax.tree.map(lambda free, v: jnp.where(free, v, 0), free, v)
+
+
 def _always(value: bool) -> Callable:
     return lambda operator: value
 

@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from difflbfgs import _vector, _wolfe
-from difflbfgs._scale import Scale, at_noise_level, rounding
+from difflbfgs._scale import Scale, at_noise_level, is_curved, rounding
 from difflbfgs._solution import RESULTS, count
 from difflbfgs._vector import Count, Flag, Scalar
 from difflbfgs._wolfe import Judgement, Line, Trial
@@ -144,9 +144,7 @@ class Seen(eqx.Module):
 
     def is_curved(self) -> Flag:
         """Return whether `sᵀy > eps ‖s‖ ‖y‖`."""
-        limits = jnp.finfo(self.curved.dtype)
-        least = jnp.maximum(float(limits.eps) * self.s_norm * self.y_norm, limits.tiny)
-        return (self.curved > least) & (self.curved < jnp.inf)
+        return is_curved(self.curved, self.s_norm, self.y_norm)
 
 
 class Findings(eqx.Module):

@@ -70,6 +70,13 @@ class Scale(eqx.Module):
         return rounding(jnp.abs(f) + self.curvature * self.size**2)
 
 
+def is_curved(curved: Scalar, s_norm: Scalar, y_norm: Scalar) -> Flag:
+    """Return whether `sᵀy > eps ‖s‖ ‖y‖`; where squares are out of range it is not."""
+    limits = jnp.finfo(curved.dtype)
+    least = jnp.maximum(float(limits.eps) * s_norm * y_norm, limits.tiny)
+    return (curved > least) & (curved < jnp.inf)
+
+
 def _short(dtype: Any) -> float:
     """Return the length, over the size, of a step too short to tell a curvature from a kink."""
     return _SHORT * float(jnp.finfo(dtype).eps) ** 0.25

@@ -10,9 +10,10 @@ import lineax as lx
 from jaxtyping import PyTree
 
 from difflbfgs import _vector
+from difflbfgs._checks import shown
 from difflbfgs._lanes import lane_by_lane
 from difflbfgs._linear import Report, System, differentiable_solve
-from difflbfgs._operator import HessianOperator, SymmetricOperator
+from difflbfgs._operator import HessianOperator, SymmetricOperator, kept
 from difflbfgs._problem import interior
 from difflbfgs._solution import RESULTS, raised, short_errors
 from difflbfgs._system import AbstractAdjoint
@@ -38,7 +39,7 @@ def _solve(adjoint, operator, b, throw):
     hessian = operator if isinstance(operator, HessianOperator) else None
     slack = jnp.zeros(()) if hessian is None else hessian.slack
     free = None if hessian is None or hessian.free is None else jax.tree.leaves(hessian.free)
-    v = _kept(free, _to_vector(b, _dtype(operator)))
+    v = kept(free, _to_vector(b, _dtype(operator)))
     with interior("the operator"), jax.numpy_dtype_promotion("standard"):
         fill = None if free is None else _fill(_product(frozen), free, v)
         prepared = SymmetricOperator.of(_completed(adjoint, _product(frozen), free, fill), v)
@@ -90,14 +91,9 @@ def _fill(product, free, like: Vector) -> Scalar:
     """
     key, ones = jax.random.key(0), jax.tree.map(jnp.ones_like, like)
     signs = [jax.random.rademacher(key, leaf.shape, leaf.dtype) for leaf in like]
-    seen, all_of_them = _vector.norm(product(_kept(free, signs))), _vector.norm(_kept(free, ones))
+    seen, all_of_them = _vector.norm(product(kept(free, signs))), _vector.norm(kept(free, ones))
     size = seen / _vector.nonzero(all_of_them)
     return jnp.where(jnp.isfinite(size), _vector.nonzero(size), 1)
-
-
-def _kept(free, v: Vector) -> Vector:
-    """Return `v` where it is free, and zero elsewhere."""
-    return v if free is None else jax.tree.map(lambda free, v: jnp.where(free, v, 0), free, v)
 
 
 def _dtype(operator) -> Any:
@@ -125,10 +121,6 @@ def _without_derivative(tree: Any) -> Any:
     return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
-def _shown(tree: PyTree) -> str:
-    return eqx.tree_pformat(tree, struct_as_array=True)
-
-
 def _check(operator: Any, b: PyTree) -> None:
     remedy = (
         "Pass what difflbfgs.hessian_operator returns, or for a matrix "
@@ -145,12 +137,12 @@ def _check(operator: Any, b: PyTree) -> None:
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (b, like)]
     if jax.tree.structure(b) != jax.tree.structure(like) or shapes[0] != shapes[1]:
         raise ValueError(
-            f"b must be like the vectors of the operator, {_shown(like)}, got {_shown(b)}. Give it "
+            f"b must be like the vectors of the operator, {shown(like)}, got {shown(b)}. Give it "
             "the same structure and shapes."
         )
     for name, tree in (("operator", like), ("b", b)):
         kinds = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
         if any(jnp.issubdtype(kind, jnp.complexfloating) for kind in kinds):
             raise ValueError(
-                f"{name} must be real, got {_shown(tree)}. Write real and imaginary part as two."
+                f"{name} must be real, got {shown(tree)}. Write real and imaginary part as two."
             )
