@@ -72,3 +72,18 @@ def quadratic(condition, n=20, seed=1):
         return jnp.linalg.solve(a, m @ theta) / scale(theta)
 
     return fun, solution, jnp.asarray(rng.normal(size=4))
+
+
+@jax.custom_vjp
+def _double(g):
+    return 2 * g
+
+
+@jax.custom_vjp
+def stubborn_square(x):
+    """Return `x²`, whose gradient JAX can't differentiate in forward mode: it has no products."""
+    return x**2
+
+
+_double.defvjp(lambda g: (2 * g, None), lambda _, h: (2 * h,))
+stubborn_square.defvjp(lambda x: (x**2, x), lambda x, g: (_double(x) * g,))

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import difflbfgs as dl
+from problems import stubborn_square
 
 
 def fun(x, theta):
@@ -106,19 +107,8 @@ def test_a_state_of_another_problem_is_refused():
 
 
 def test_an_objective_without_hessian_products_says_what_to_do():
-    @jax.custom_vjp
-    def double(g):
-        return 2 * g
-
-    @jax.custom_vjp
-    def square(x):
-        return x**2
-
-    double.defvjp(lambda g: (2 * g, None), lambda _, h: (2 * h,))
-    square.defvjp(lambda x: (x**2, x), lambda x, g: (double(x) * g,))
-
     def stubborn(x, theta):
-        return jnp.sum(square(x - theta))
+        return jnp.sum(stubborn_square(x - theta))
 
     plain, outer = {"solver": dl.LBFGS(polish=0)}, lambda x, _: jnp.sum(x)
     calls = [
