@@ -16,7 +16,7 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).parent
-DRAWN = ("hypergradient", "growth", "compiling", "limit", "tasks", "theory", "forward")
+DRAWN = ("hypergradient", "growth", "compiling", "limit", "tasks", "theory", "bounds", "forward")
 # In this order: what the README shows first.
 SCRIPTS = (
     "hypergradient",
@@ -32,6 +32,7 @@ SCRIPTS = (
     "warm_starts",
     "adjoints",
     "crossover",
+    "bounds",
     "forward",
 )
 
