@@ -180,13 +180,14 @@ def test_the_edge_of_a_domain_is_approached(x0):
     assert abs(sol.value - 1) < 1e-6
 
 
-@pytest.mark.parametrize("count", [20, 60])
-def test_zero_modes_do_not_spoil_conjugate_gradients(count):
+@BOTH
+@pytest.mark.parametrize("count", [20, 60, 300, 1000])
+def test_zero_modes_do_not_spoil_conjugate_gradients(count, dtype):
     """Spins of any length: as many exact zero modes as spins."""
     rng = np.random.default_rng(0)
-    field = jnp.asarray([0.1, 0.3, 0.5])
-    pull = jnp.asarray(0.5 + 0.5 * rng.uniform(size=count))
-    start = jnp.asarray(rng.normal(size=(count, 3)) * 0.3 + np.array([0.2, 0.5, 0.8]))
+    field = jnp.asarray([0.1, 0.3, 0.5], dtype)
+    pull = jnp.asarray(0.5 + 0.5 * rng.uniform(size=count), dtype)
+    start = jnp.asarray(rng.normal(size=(count, 3)) * 0.3 + np.array([0.2, 0.5, 0.8]), dtype)
 
     def unit(S):
         return S / jnp.linalg.norm(S, axis=1, keepdims=True)
@@ -195,13 +196,15 @@ def test_zero_modes_do_not_spoil_conjugate_gradients(count):
         S = unit(S)
         return -jnp.sum(S * jnp.roll(S, 1, 0)) + jnp.sum(pull * S[:, 2] ** 2) - field @ S.sum(0)
 
-    step = jax.jit(dl.value_and_hypergrad(lambda S, h: unit(S)[:, 2].sum(), energy))
+    step = jax.jit(dl.value_and_hypergrad(lambda S, h: unit(S)[:, 2].sum(), energy, throw=False))
     _, grad, info = step(field, unit(start))
-    assert info.solution.converged
-    assert info.adjoint_residual < 1e-6
-    h = 1e-4
-    ends = [step(field + h * jnp.asarray([0, 0, s]), unit(start), info.state)[0] for s in (1, -1)]
-    assert abs(grad[2] - (ends[0] - ends[1]) / (2 * h)) < 1e-4 * abs(grad[2])
+    assert info.result == dl.RESULTS.successful
+    assert info.adjoint_residual < max(tolerance(dtype, 1e2), 3e-11)
+    assert info.error_estimate < tolerance(dtype, 1e3) * jnp.linalg.norm(grad)
+    if dtype == jnp.float64:
+        h = 1e-4
+        to = [step(field + h * jnp.asarray([0, 0, s]), unit(start), info.state)[0] for s in (1, -1)]
+        assert abs(grad[2] - (to[0] - to[1]) / (2 * h)) < 1e-4 * abs(grad[2])
 
 
 def test_hessian_products_that_are_not_finite_have_a_code():
@@ -231,10 +234,10 @@ def test_estimates_are_finite_where_derivatives_are_exact(dtype):
     exact = jax.vmap(jax.grad(lambda t: jnp.log(t[1] / t[0]) / t[0]))(thetas)
     errors = jnp.linalg.norm(grads - exact, axis=1)
     certified = infos.result == dl.RESULTS.successful
-    assert jnp.sum(~certified) <= 4
-    assert jnp.all(jnp.isfinite(infos.error_estimate) == certified)
+    assert jnp.all(certified)
+    assert jnp.all(jnp.isfinite(infos.error_estimate))
     rounding = tolerance(dtype, 10) * jnp.linalg.norm(exact, axis=1)
-    assert jnp.all((errors <= 3 * infos.error_estimate + rounding)[certified])
+    assert jnp.all(errors <= 3 * infos.error_estimate + rounding)
 
 
 def test_a_cubic_falls_without_limit():

@@ -33,7 +33,7 @@ from difflbfgs._task import Task
 from difflbfgs._vector import Count, Scalar, Vector
 
 # How well the two systems of the estimate are solved: it is to be right within a factor, not exact.
-_ROUGHLY = Accuracy(wanted=0.1, accepted=0.1)
+_ROUGHLY = 0.1
 # The Newton step must shrink the gradient by this factor, or reach this many times its noise.
 _CONTRACTION = 0.5
 _NOISE = 4.0
@@ -131,10 +131,11 @@ def _estimate(inner, outer, outcome: Outcome, u, gradient, system: System, adjoi
     # was chosen because the noise happened to cancel there.
     g_near = inner.gradient(_rounded_off(x))
     noise = system.length(_vector.sub(g_near, g)) + _rounding(inner, x, system)
-    e, report = system.solve(g_near, _ROUGHLY)
+    e, report = system.solve(g_near, _roughly(system.length(g_near), noise))
     x_after = _vector.sub(x, e)
     g_after, left, _ = _derivatives(inner, outer, x_after, u)
-    du, other = system.solve(left, _ROUGHLY)
+    bent = system.length(system.operator.mv(u))
+    du, other = system.solve(left, _roughly(system.length(left), _vector.epsilon(x) * bent))
     u_after = _vector.add_scaled(u, 1, du)
     _, _, gradient_after = _derivatives(inner, outer, x_after, u_after)
     before, after = system.length(g_near), system.length(g_after)
@@ -145,6 +146,15 @@ def _estimate(inner, outer, outcome: Outcome, u, gradient, system: System, adjoi
     known = contracts & solved & jnp.isfinite(error)
     steps = report.num_steps + other.num_steps
     return _Estimate(jnp.where(known, error, jnp.inf), steps, low, high)
+
+
+def _roughly(length: Scalar, noise: Scalar) -> Accuracy:
+    """Return how well to solve for a right-hand side of this length, of which so much is noise.
+
+    Along a symmetry of the objective there may be nothing else in it, and no solution.
+    """
+    least = _NOISE * noise / _vector.nonzero(length)
+    return Accuracy(wanted=_ROUGHLY, accepted=jnp.maximum(least, _ROUGHLY))
 
 
 def _rounded_off(x: Vector) -> Vector:
@@ -160,15 +170,19 @@ def _rounding(inner: Smooth, x: Vector, system: System) -> Scalar:
     """Return the rounding error to expect of the gradient at the least.
 
     It is a sum that cancels: of terms as large as `Hx`, which one rounding of `x` shows, and as
-    `Bθ`, which one of `θ` shows.
+    `Bθ`, which one of `θ` shows. With the signs of `θ` in a pattern, `Bθ` does not cancel itself.
     """
 
     def gradient(theta):
         return inner.at(theta).gradient(x)
 
+    def length(theta):
+        return system.length(jax.jvp(gradient, (inner.theta,), (theta,))[1])
+
     theta = [leaf if jnp.isrealobj(leaf) else jnp.zeros_like(leaf) for leaf in inner.theta]
-    along = jax.jvp(gradient, (inner.theta,), (theta,))[1]
-    return _vector.epsilon(x) * (system.length(along) + system.length(system.operator.mv(x)))
+    mixed = [leaf * _vector.signs(leaf) * (-1) ** k for k, leaf in enumerate(theta)]
+    along = jnp.maximum(length(theta), length(mixed))
+    return _vector.epsilon(x) * (along + system.length(system.operator.mv(x)))
 
 
 def _distance(after: list[Array], before: list[Array]) -> Scalar:

@@ -105,9 +105,10 @@ class ConjugateGradient(SymmetricSolver):
     """Conjugate gradients that watch the curvature `pᵀHp`.
 
     It differs from `lineax.CG` in that it stops on the 2-norm of the residual and nothing else,
-    stops where the curvature is zero or negative, reports the extreme curvatures, and puts one copy
-    of the operator into the program instead of three. Started from zero it stays in the range of
-    `H`, so a singular but consistent system gets its solution of least norm.
+    stops where the curvature is zero or negative, returns the iterate of least residual, reports
+    the extreme curvatures, and puts one copy of the operator into the program instead of three.
+    Started from zero it stays in the range of `H`, so a singular but consistent system gets its
+    solution of least norm.
 
     The curvatures are Ritz values; with a preconditioner, whose Ritz values are not those of `H`,
     Rayleigh quotients of the search directions.
@@ -129,11 +130,11 @@ class ConjugateGradient(SymmetricSolver):
         target = self.rtol * _vector.norm(vector)
 
         def unfinished(carry):
-            _, _, _, (square, _), step, *_, broken = carry
+            _, _, _, (square, _), step, *_, broken, _ = carry
             return ~broken & (jnp.sqrt(square) > target) & (step < self.max_steps)
 
         def advance(carry):
-            u, r, p, (_, rz), step, (low, high), ritz, (previous, beta), _ = carry
+            u, r, p, (_, rz), step, (low, high), ritz, (previous, beta), _, best = carry
             hp = state.mv(p)
             curvature = _vector.dot(p, hp)
             quotient = curvature / _vector.dot(p, p)
@@ -147,24 +148,28 @@ class ConjugateGradient(SymmetricSolver):
             rz_next = _vector.dot(r, z)
             beta = rz_next / rz
             p = _vector.add_scaled(z, beta, p)
-            squares = _vector.dot(r, r), rz_next
-            return u, r, p, squares, step + 1, (low, high), ritz, (alpha, beta), broken
+            square = _vector.dot(r, r)
+            best = _vector.where(square < best[1], (u, square), best)
+            extremes, last = (low, high), (alpha, beta)
+            return u, r, p, (square, rz_next), step + 1, extremes, ritz, last, broken, best
 
         z = precondition(vector)
         zero, one = jnp.zeros_like(target), jnp.ones_like(target)
+        nothing, first = _vector.zeros_like(vector), _vector.dot(vector, vector)
         start = (
-            _vector.zeros_like(vector),
+            nothing,
             vector,
             z,
-            (_vector.dot(vector, vector), _vector.dot(vector, z)),
+            (first, _vector.dot(vector, z)),
             count(0),
             (zero + jnp.inf, zero),
             Ritz.initial(zero),
             (one, zero),
             jnp.asarray(False),
+            (nothing, first),
         )
         end: Any = jax.lax.while_loop(unfinished, advance, start)
-        u, _, _, (square, _), step, (low, high), ritz, _, _ = end
+        *_, step, (low, high), ritz, _, _, (u, square) = end
         if not preconditioned:
             low, high = jnp.minimum(low, 1 / ritz.inverse), jnp.maximum(high, ritz.high)
         solved = jnp.sqrt(square) <= target

@@ -316,16 +316,20 @@ class System(eqx.Module):
             u, r, (length, _), (rounds, steps, low, high) = carry
             unit = jax.tree.map(lambda leaf: leaf / _vector.nonzero(length), r)
             step, solution = self._solution(unit, 0.5 * accuracy.wanted / length)
-            u = _vector.add_scaled(u, length, step)
-            r, before = _vector.sub(v, self.operator.mv(u)), r
+            refined = _vector.add_scaled(u, length, step)
+            after = _vector.sub(v, self.operator.mv(refined))
+            left = self._left(after)
             # Of a solver that does not watch, what is known is the curvature along its solution.
-            along = _rayleigh(_vector.scale(length, step), _vector.sub(before, r))
-            along = jnp.where(self._left(r) <= accuracy.accepted * length, along, jnp.inf)
+            along = _rayleigh(_vector.scale(length, step), _vector.sub(r, after))
+            along = jnp.where(left <= accuracy.accepted * length, along, jnp.inf)
             low = jnp.minimum(low, solution.stats.get("min_curvature", along))
             size = jnp.where(jnp.isinf(along), 0, jnp.abs(along))
             high = jnp.maximum(high, solution.stats.get("max_curvature", size))
             steps = steps + jnp.asarray(solution.stats.get("num_steps", 0), jnp.int32)
-            return u, r, (self._left(r), length), (rounds + 1, steps, low, high)
+            # A singular system that is not consistent can have grown worse.
+            better = left < length
+            u, r, left = _vector.where(better, (refined, after, left), (u, r, length))
+            return u, r, (left, length), (rounds + 1, steps, low, high)
 
         length = self._left(r)
         extremes = (jnp.full_like(length, jnp.inf), jnp.zeros_like(length))
