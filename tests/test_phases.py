@@ -51,11 +51,11 @@ def seen(t=1.0, f=1.9, slope=0.0, grad_norm=0.05, **others):
     return Seen(trial, number(grad_norm), **{k: number(v) for k, v in measured.items()})
 
 
-def after(ledger, seen, terms=TERMS, slope=-0.2, grad_norm=0.1, line=None):
+def after(ledger, seen, terms=TERMS, slope=-0.2, grad_norm=0.1, line=None, f=2.0):
     """Return what the table says: the decision, and the ledger and line to go on with."""
-    here = Here(number(2.0), number(grad_norm), number(slope))
+    here = Here(number(f), number(grad_norm), number(slope))
     if line is None:
-        line = _wolfe.begin(number(2.0), number(slope), seen.trial.t)
+        line = _wolfe.begin(number(f), number(slope), seen.trial.t)
     return _phases.decide(ledger, line, here, seen, terms)
 
 
@@ -239,6 +239,17 @@ def test_newton_at_rounding_level_ends_where_it_does_not_contract():
     _, now, _ = after(ledger(NEWTON), seen(**same), terms(rtol=1e-10), slope=-1e-18)
     assert now.result == dl.RESULTS.precision_limit
     assert not now.regular  # no minimum that can be differentiated was seen
+
+
+def test_newton_at_rounding_level_goes_on_if_only_the_gradient_was_asked_for():
+    """Terms of size 1e8 cancel to `f = 1e-10`, which is seen to fall by a decrement of 1e-10."""
+    cancelled = ledger(NEWTON, newton=findings(energy=1e8), least_f=1e-10)
+    falls = seen(f=0.5e-10, slope=2e-11, grad_norm=1e-6)
+    stays = seen(f=1e-10, slope=2e-11, grad_norm=1e-6)
+    for tried, rtol, phase in ((falls, 0.0, SEARCH), (stays, 0.0, DONE), (falls, 1e-10, DONE)):
+        _, now, _ = after(cancelled, tried, terms(rtol, 1e-8), slope=-1e-10, f=1e-10)
+        assert now.phase == phase
+        assert (now.result == dl.RESULTS.precision_limit) == (phase == DONE)
 
 
 def test_newton_at_rounding_level_far_from_any_minimum():

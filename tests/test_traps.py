@@ -353,3 +353,17 @@ def test_a_finished_lane_does_not_set_the_pace(batching):
 
     well = solve(jnp.asarray([1.0, 1.0]))
     assert solve(jnp.asarray([1.0, jnp.nan])) <= 1.2 * well
+
+
+@pytest.mark.parametrize("n", [2, 5, 70])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_flat_direction_along_an_axis_is_no_saddle(dtype, n):
+    """At a point of the circle `xᵀx = θ` the curvature along it is rounding, of either sign."""
+    step = dl.value_and_hypergrad(
+        lambda x, t: jnp.sum(x**2), lambda x, t: (x @ x - t) ** 2, throw=False
+    )
+    start = jnp.zeros(n, dtype).at[0].set(2.0)
+    radii = jnp.linspace(0.3, 3.0, 60).astype(dtype)
+    _, grads, infos = jax.jit(jax.vmap(step, in_axes=(0, None)))(radii, start)
+    assert jnp.all(infos.result == dl.RESULTS.successful)
+    assert jnp.max(jnp.abs(grads - 1)) < (1e-4 if dtype == jnp.float32 else 1e-9)

@@ -71,7 +71,7 @@ class Dense(SymmetricSolver):
         del options
         matrix = operator.as_matrix()
         matrix = (matrix + matrix.T) / 2
-        scale = diagonal_scales(jnp.abs(jnp.diagonal(matrix)))
+        scale = diagonal_scales(jnp.diagonal(matrix), self.slack)
         matrix, scale = jax.lax.optimization_barrier((matrix, scale))  # computed once
         scaled = jax.lax.optimization_barrier(scale[:, None] * matrix * scale)
         tagged = lx.MatrixLinearOperator(scaled, lx.positive_semidefinite_tag)
@@ -122,10 +122,14 @@ class Dense(SymmetricSolver):
         return unravel(scale * solution), lx.RESULTS.successful, stats
 
 
-def diagonal_scales(diagonal: Any) -> Any:
-    """Return scales `S` that make the diagonal of `S H S` one, or one if it is even already."""
-    apart = spread(diagonal) > _SPREAD
-    return jax.tree.map(lambda leaf: jnp.where(apart, 1 / jnp.sqrt(leaf), 1), positive(diagonal))
+def diagonal_scales(diagonal: Any, slack: Any) -> Any:
+    """Return scales `S` that make the diagonal of `S H S` one, or one if it is even already.
+
+    An entry that is negative within `slack` is zero, and no curvature in a unit of its own.
+    """
+    rows = jax.tree.map(lambda d: jnp.where((d < 0) & (d >= -slack), 0, jnp.abs(d)), diagonal)
+    apart = spread(rows) > _SPREAD
+    return jax.tree.map(lambda leaf: jnp.where(apart, 1 / jnp.sqrt(leaf), 1), positive(rows))
 
 
 def spread(rows: Any) -> Scalar:

@@ -47,9 +47,10 @@ def newton_step(
     `x` or of `s`, the step that led there, given a guess of the decrement.
     """
     small = _vector.size(x) <= _ASSEMBLED
+    forgiven = slack(x, jnp.sqrt(_vector.dot(g, g)))
     if small:
         hvp, diagonal, energies = _assembled(hvp, x, s)
-        scale, spent = diagonal_scales(diagonal), count(_vector.size(x))
+        scale, spent = diagonal_scales(diagonal, forgiven), count(_vector.size(x))
     else:
         seen = equilibrate(hvp, x, x, s)
         scale, energies, spent = seen.scale, seen.energies, seen.products
@@ -104,7 +105,7 @@ def newton_step(
     solved = (square <= _RESIDUAL * first) & ((test <= forcing) | ended | (square == 0))
     negative = low < -zero_curvature(high, 0.0)
     # Beside a minimum with a symmetry there is a little, and the step leads there all the same.
-    explained = solved & (low >= -slack(x, jnp.sqrt(_vector.dot(g, g))))
+    explained = solved & (low >= -forgiven)
     valid = (~negative | explained) & (slope < 0)
     valid &= jnp.isfinite(slope) & jnp.isfinite(_vector.norm(d))
     residual = jnp.where(square == 0, 0, test)
@@ -118,7 +119,7 @@ def _assembled(hvp, x: Vector, s: Vector) -> tuple[Callable, Vector, Float[Array
     H = jax.lax.map(
         lambda row: ravel_pytree(hvp(unravel(row)))[0], jnp.eye(flat.size, dtype=flat.dtype)
     )
-    diagonal = unravel(jnp.abs(jnp.diagonal(H)))
+    diagonal = unravel(jnp.diagonal(H))
     step = ravel_pytree(s)[0]
     energies = jnp.stack([flat @ H @ flat, step @ H @ step])
     return lambda p: unravel(jnp.sum(H * ravel_pytree(p)[0], axis=1)), diagonal, energies

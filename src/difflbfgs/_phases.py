@@ -23,6 +23,7 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | | does not; the step before did, or `x` is at rounding, and `λ²` is small | DONE, `successful` |
 | | contracts, or leads down to another face of the bounds | taken; NEWTON |
 | | does not; `λ²` is rounding of `xᵀHx`, or of `f` and the solve is stuck or long | DONE |
+| | the same with `rtol=0`, and `f` is seen to fall by it | SEARCH |
 | | does not; stuck | DONE, `line_search_failed` |
 | | does not, or there is no such step | SEARCH, to a smaller gradient before the next |
 | any | five searches in a row met no bottom | DONE, `unbounded` |
@@ -363,7 +364,9 @@ class _Polished(eqx.Module):
         along, rounds = jnp.abs(trial.slope), rounding(ledger.newton.size)
         level = ledger.least_f + noise
         hidden = decrement <= noise + rounds
-        falls = (here.f - trial.f >= 0.25 * decrement) | (hidden & (trial.f <= level + rounds))
+        falls = here.f - trial.f >= 0.25 * decrement
+        seen_to_fall = falls & (decrement > noise)
+        falls |= hidden & (trial.f <= level + rounds)
         contracts = (
             polishing & finite & (along <= CONTRACTION * decrement) & falls & ~seen.elsewhere()
         )
@@ -384,7 +387,9 @@ class _Polished(eqx.Module):
         )
         waited = ledger.asked | (ledger.num_steps >= _LONG)
         flat = tiny | (decrement <= rounds) | (waited & hidden)
-        limit = solved & ~contracts & flat
+        # The rounding of `xᵀHx` is no reason to end if only a gradient norm was asked for.
+        more = (terms.rtol == 0) & seen_to_fall
+        limit = solved & ~contracts & flat & ~more
         return cls(decrement, hidden, contracts, kept, enough, left, limit)
 
     def is_degenerate(self, energy: Scalar) -> Flag:
