@@ -90,7 +90,7 @@ def test_every_ending_is_in_troubleshooting(name):
 
 
 def test_endings_are_all():
-    assert len(ENDINGS) == 14
+    assert len(ENDINGS) == 15
 
 
 def test_every_page_is_in_the_navigation():

@@ -215,6 +215,21 @@ def test_a_saddle_has_no_estimate():
     assert jnp.isinf(info.error_estimate)
 
 
+@pytest.mark.parametrize("n", [2, 100])
+def test_a_saddle_is_refused_a_second_time(n):
+    """The adjoint handed on solves the system, and still says what it is."""
+    step = dl.value_and_hypergrad(
+        lambda x, t: jnp.sum(x), lambda x, t: jnp.sum((x**2 - t) ** 2), throw=False
+    )
+    state = None
+    for _ in range(2):
+        _, grad, info = step(2.0, jnp.zeros(n), state)
+        state = info.state
+        assert info.result == dl.RESULTS.indefinite_hessian
+        assert info.min_curvature < 0
+        assert jnp.isnan(grad)
+
+
 def test_far_from_the_minimizer_there_is_no_estimate():
     """A Newton step that does not shrink the gradient shows that the theory does not apply."""
 

@@ -33,7 +33,7 @@ from difflbfgs._task import Task
 from difflbfgs._vector import Count, Scalar, Vector
 
 # How well the two systems of the estimate are solved: it is to be right within a factor, not exact.
-_ROUGHLY = 0.1
+ROUGHLY = 0.1
 # The Newton step must shrink the gradient by this factor, or reach this many times its noise.
 _CONTRACTION = 0.5
 _NOISE = 4.0
@@ -55,11 +55,32 @@ class Certified(eqx.Module):
     max_curvature: Scalar
 
 
-class _Estimate(eqx.Module):
-    error: Scalar  # infinite where the estimate does not hold
-    num_steps: Count
-    min_curvature: Scalar
-    max_curvature: Scalar
+class Guess(eqx.Module):
+    """What approximates the minimizer, with its gradient, the adjoint and the hypergradient."""
+
+    x: Vector
+    g: Vector
+    u: Vector
+    gradient: list[Array]
+
+
+class Estimate(eqx.Module):
+    """What a Newton step says of a guess.
+
+    Attributes:
+        error: the estimate; infinite where it does not hold.
+        after: the guess that it leads to.
+        inner, adjoint: how the systems for `x` and for `u` were solved.
+    """
+
+    error: Scalar
+    after: Guess
+    inner: Report
+    adjoint: Report
+
+    def num_steps(self) -> Count:
+        """Return the steps of both linear solves."""
+        return self.inner.num_steps + self.adjoint.num_steps
 
 
 def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) -> Certified:
@@ -70,38 +91,61 @@ def certified(task: Task, inner: Problem, outer: Problem, start: Vector | None) 
 
 def _certified(task, inner, outer, start):
     outcome = task.solve(inner)
-    x = outcome.x
     inner = task.on_face(inner, outcome)
-    H = SymmetricOperator.of(lambda p: inner.product(x, p), x)
-    ridge = task.adjoint.ridge
-    shifted = H if _is_nothing(ridge) else _shifted(H, ridge, inner.free, x)
-    system = task.system(inner, shifted, outcome)
-    value, v = outer.value_and_gradient(x)
-    u, report = task.solve_system(system, outcome, v, start)
+    own, exact = systems(task, inner, outcome)
+    value, v = outer.value_and_gradient(outcome.x)
+    u, report = task.solve_system(own, outcome, v, start)
     trusted = task.trusts(outcome) & (report.result == RESULTS.successful)
-    _, left, gradient = _derivatives(inner, outer, x, u)
-    residual = system.length(_vector.add_scaled(left, -ridge, inner.free(u)))
-    residual = residual / _vector.nonzero(system.length(v))
-    shared = shifted is H and isinstance(system.solver, Dense | ConjugateGradient)
-    if not shared:
-        system = default_system(H, system.slack, system.options.get("preconditioner"))
-    estimate = _estimate(inner, outer, outcome, u, gradient, system, report)
-    factored = shared and isinstance(system.solver, Dense)
-    certified = (report.result != RESULTS.successful) | jnp.isfinite(estimate.error)
+    guess, residual = guessed(task, inner, outer, outcome, u)
+    noise = rounding(inner, outcome.x, exact)
+    found = estimate(inner, outer, guess, exact, noise, ROUGHLY)
+    certified = (report.result != RESULTS.successful) | jnp.isfinite(found.error)
     result = RESULTS.where(certified, report.result, RESULTS.uncertified)
+    low, high = extremes(exact, report, found.adjoint, found.inner)
     return Certified(
         outcome=outcome,
         value=value,
-        gradient=_vector.scale(jnp.where(trusted, 1, jnp.nan), gradient),
+        gradient=_vector.scale(jnp.where(trusted, 1, jnp.nan), guess.gradient),
         u=u,
         result=RESULTS.where(has_converged(outcome.result), result, outcome.result),
         num_adjoint_steps=report.num_steps,
-        num_estimate_steps=count(0) if factored else estimate.num_steps,
-        adjoint_residual=residual,
-        error_estimate=jnp.where(trusted, estimate.error, jnp.inf),
-        min_curvature=estimate.min_curvature,
-        max_curvature=estimate.max_curvature,
+        num_estimate_steps=further(own, exact, found.num_steps()),
+        adjoint_residual=own.length(residual) / _vector.nonzero(own.length(v)),
+        error_estimate=jnp.where(trusted, found.error, jnp.inf),
+        min_curvature=low,
+        max_curvature=high,
     )
+
+
+def systems(task: Task, inner: Smooth, outcome: Outcome) -> tuple[System, System]:
+    """Return `H u = v` as the adjoint solves it, and as an estimate does: if it can be, the same.
+
+    The estimate knows no ridge, and asks for solutions of any accuracy.
+    """
+    x, ridge = outcome.x, task.adjoint.ridge
+    H = SymmetricOperator.of(lambda p: inner.product(x, p), x)
+    shifted = H if _is_nothing(ridge) else _shifted(H, ridge, inner.free, x)
+    own = task.system(inner, shifted, outcome)
+    if shifted is H and isinstance(own.solver, Dense | ConjugateGradient):
+        return own, own
+    return own, default_system(H, own.slack, own.options.get("preconditioner"))
+
+
+def further(own: System, exact: System, num_steps: Count) -> Count:
+    """Return the steps that an estimate took further: none if the factor of the adjoint serves."""
+    return count(0) if exact is own and isinstance(own.solver, Dense) else num_steps
+
+
+def guessed(
+    task: Task, inner: Smooth, outer: Problem, outcome: Outcome, u: Vector
+) -> tuple[Guess, Vector]:
+    """Return what a solve and its adjoint found, and the residual of the adjoint."""
+    x, g = outcome.x, outcome.state.g
+    if outcome.active is not None:
+        g = _box.masked(outcome.active, g)
+    _, left, gradient = _derivatives(inner, outer, x, u)
+    residual = _vector.add_scaled(left, -task.adjoint.ridge, inner.free(u))
+    return Guess(x, g, u, gradient), residual
 
 
 def lagrangian(inner: Smooth, outer: Problem, x: Vector, u: Vector) -> Scalar:
@@ -122,39 +166,37 @@ def _derivatives(inner, outer, x, u):
     return g, left, by_theta
 
 
-def _estimate(inner, outer, outcome: Outcome, u, gradient, system: System, adjoint: Report):
-    """Estimate the error of `gradient` by a Newton step for `(x, u)`."""
-    x, g = outcome.x, outcome.state.g
-    if outcome.active is not None:
-        g = _box.masked(outcome.active, g)
+def estimate(
+    inner: Smooth, outer: Problem, guess: Guess, system: System, noise: Scalar, wanted: Any
+) -> Estimate:
+    """Estimate the error of a guess by a Newton step, its systems solved to a part `wanted`."""
     # Evaluated one rounding away, the gradient shows its noise, and hides none of it in an `x` that
     # was chosen because the noise happened to cancel there.
-    g_near = inner.gradient(_rounded_off(x))
-    noise = system.length(_vector.sub(g_near, g)) + _rounding(inner, x, system)
-    e, report = system.solve(g_near, _roughly(system.length(g_near), noise))
-    x_after = _vector.sub(x, e)
-    g_after, left, _ = _derivatives(inner, outer, x_after, u)
-    bent = system.length(system.operator.mv(u))
-    du, other = system.solve(left, _roughly(system.length(left), _vector.epsilon(x) * bent))
-    u_after = _vector.add_scaled(u, 1, du)
-    _, _, gradient_after = _derivatives(inner, outer, x_after, u_after)
-    before, after = system.length(g_near), system.length(g_after)
-    contracts = after <= _CONTRACTION * before + _NOISE * noise
-    solved = (report.result == RESULTS.successful) & (other.result == RESULTS.successful)
-    error = _distance(gradient_after, gradient)
-    low, high = _extremes(system, adjoint, report, other)
+    g = inner.gradient(_rounded_off(guess.x))
+    noise = system.length(_vector.sub(g, guess.g)) + noise
+    before = system.length(g)
+    e, of_x = system.solve(g, _up_to(wanted, before, noise))
+    x = _vector.sub(guess.x, inner.free(e))
+    g_after, left, _ = _derivatives(inner, outer, x, guess.u)
+    bent = _vector.epsilon(x) * system.length(system.operator.mv(guess.u))
+    du, of_u = system.solve(left, _up_to(wanted, system.length(left), bent))
+    u = _vector.add_scaled(guess.u, 1, du)
+    _, _, gradient = _derivatives(inner, outer, x, u)
+    contracts = system.length(g_after) <= _CONTRACTION * before + _NOISE * noise
+    solved = (of_x.result == RESULTS.successful) & (of_u.result == RESULTS.successful)
+    error = _distance(gradient, guess.gradient)
     known = contracts & solved & jnp.isfinite(error)
-    steps = report.num_steps + other.num_steps
-    return _Estimate(jnp.where(known, error, jnp.inf), steps, low, high)
+    after = Guess(x, g_after, u, gradient)
+    return Estimate(jnp.where(known, error, jnp.inf), after, of_x, of_u)
 
 
-def _roughly(length: Scalar, noise: Scalar) -> Accuracy:
+def _up_to(wanted: Any, length: Scalar, noise: Scalar) -> Accuracy:
     """Return how well to solve for a right-hand side of this length, of which so much is noise.
 
     Along a symmetry of the objective there may be nothing else in it, and no solution.
     """
     least = _NOISE * noise / _vector.nonzero(length)
-    return Accuracy(wanted=_ROUGHLY, accepted=jnp.maximum(least, _ROUGHLY))
+    return Accuracy(wanted=wanted, accepted=jnp.maximum(least, ROUGHLY))
 
 
 def _rounded_off(x: Vector) -> Vector:
@@ -166,7 +208,7 @@ def _rounded_off(x: Vector) -> Vector:
     return jax.tree.map(move, x)
 
 
-def _rounding(inner: Smooth, x: Vector, system: System) -> Scalar:
+def rounding(inner: Smooth, x: Vector, system: System) -> Scalar:
     """Return the rounding error to expect of the gradient at the least.
 
     It is a sum that cancels: of terms as large as `Hx`, which one rounding of `x` shows, and as
@@ -194,7 +236,7 @@ def _distance(after: list[Array], before: list[Array]) -> Scalar:
     return _vector.norm(jax.tree.map(distances, after, before))
 
 
-def _extremes(system: System, *reports: Report) -> tuple[Scalar, Scalar]:
+def extremes(system: System, *reports: Report) -> tuple[Scalar, Scalar]:
     """Return the extreme eigenvalues of `H`, or estimates from inside by what was seen of it."""
     if isinstance(system.solver, Dense):
         values = jnp.linalg.eigvalsh(system.solver.matrix(system.state))

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from difflbfgs import _vector
-from difflbfgs._box import Active, Box, masked
+from difflbfgs._box import Active, Box, differ, masked
 from difflbfgs._problem import Problem
-from difflbfgs._vector import Scalar, Vector
+from difflbfgs._vector import Flag, Scalar, Vector
 
 
 class Face(eqx.Module):
@@ -84,6 +84,10 @@ class Face(eqx.Module):
     def free(self, v: Vector) -> Vector:
         """Return `v` with zeros at the active variables."""
         return masked(self.active, v)
+
+    def is_inside(self, x: Vector) -> Flag:
+        """Return whether no bound is crossed."""
+        return ~differ(x, self._box().project(x))
 
     def restricted(self, inverse: Callable[[Vector], Vector]) -> Callable[[Vector], Vector]:
         """Return an approximate inverse of `H`, cut to the face, with `1/κ` beside it."""

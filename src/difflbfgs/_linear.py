@@ -89,6 +89,12 @@ class Dense(SymmetricSolver):
         """Return the scales of the variables in which it was factorised."""
         return ravel_pytree(like)[1](state[0][1])
 
+    def extremes(self, state) -> tuple[Scalar, Scalar]:
+        """Return the extreme curvatures, as far as pivots or eigenvalues tell them."""
+        _, _, (values, _), (low, high), sound = state
+        low = jnp.where(sound, low, jnp.min(values))
+        return low, jnp.where(sound, high, jnp.max(jnp.abs(values)))
+
     def _spectrum(self, matrix, sound):
         """Return the eigendecomposition, or nothing of use where the factorisation is `sound`.
 
@@ -108,15 +114,14 @@ class Dense(SymmetricSolver):
     def compute(self, state, vector, options):
         """Solve with the factor, or with the eigendecomposition."""
         del options
-        (_, scale), factor, (values, vectors), extremes, sound = state
+        (_, scale), factor, (values, vectors), _, sound = state
         flat, unravel = ravel_pytree(vector)
         flat = scale * flat
         with_factor = lx.Cholesky().compute(factor, flat, {})[0]
         nonzero = jnp.abs(values) > zero_curvature(jnp.max(jnp.abs(values)), self.slack)
         inverse = jnp.where(nonzero, 1 / jnp.where(nonzero, values, 1), 0)
         with_spectrum = vectors @ (inverse * (vectors.T @ flat))
-        low = jnp.where(sound, extremes[0], jnp.min(values))
-        high = jnp.where(sound, extremes[1], jnp.max(jnp.abs(values)))
+        low, high = self.extremes(state)
         solution = jnp.where(sound, with_factor, with_spectrum)
         stats = {"num_steps": count(flat.size), "min_curvature": low, "max_curvature": high}
         return unravel(scale * solution), lx.RESULTS.successful, stats
@@ -300,15 +305,27 @@ class System(eqx.Module):
         length = self.length(v)
         unit = jax.tree.map(lambda leaf: leaf / _vector.nonzero(length), v)
         u, r = _vector.zeros_like(v), unit
+        low, high = jnp.full_like(length, jnp.inf), jnp.zeros_like(length)
         if start is not None:
             guess = jax.tree.map(lambda leaf: leaf / _vector.nonzero(length), start)
             left = _vector.sub(unit, self.operator.mv(guess))
             better = self._left(left) < self._left(unit)
             u, r = _vector.where(better, (guess, left), (u, r))
-        u, report = self._refined(unit, u, r, accuracy, indefinite)
+            low, high = self._curvatures(u, _vector.sub(unit, r))
+        u, report = self._refined(unit, u, r, (low, high), accuracy, indefinite)
         return _vector.scale(length, u), report
 
-    def _refined(self, v, u, r, accuracy, indefinite):
+    def _curvatures(self, u, hu):
+        """Return what a guess says of the curvature, as it may need no solve that does."""
+        if isinstance(self.solver, Dense):
+            return self.solver.extremes(self.state)
+        if isinstance(self.solver, ConjugateGradient) and not self.options:  # as in `of`
+            u = jax.tree.map(jnp.divide, u, self.scale)
+            hu = _vector.mul(self.scale, hu)
+        along = _rayleigh(u, hu)
+        return along, jnp.where(jnp.isinf(along), 0, jnp.abs(along))
+
+    def _refined(self, v, u, r, extremes, accuracy, indefinite):
         """Solve from `u` with residual `r`, for a `v` of norm one or zero."""
 
         def unfinished(carry):
@@ -336,7 +353,6 @@ class System(eqx.Module):
             return u, r, (left, length), (rounds + 1, steps, low, high)
 
         length = self._left(r)
-        extremes = (jnp.full_like(length, jnp.inf), jnp.zeros_like(length))
         start = (u, r, (length, length), (count(0), count(0), *extremes))
         u, _, (residual, _), (_, steps, low, high) = jax.lax.while_loop(unfinished, refine, start)
         result = RESULTS.where(

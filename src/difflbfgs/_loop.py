@@ -42,7 +42,7 @@ class Search(eqx.Module):
     x0: Vector
     warm: WarmStart | None
     solver: LBFGS
-    max_steps: int = eqx.field(static=True)
+    max_steps: Any
     callback: Callable[[Step], None] | None = eqx.field(default=None, static=True)
     stop: Stop | None = None
 
@@ -127,9 +127,7 @@ class _Evaluated(eqx.Module):
     met: Any = None  # the variables that met their bounds on the way
 
 
-def make_settings(
-    solver: LBFGS, x0: Vector, max_steps: int | None, box: Box | None = None
-) -> Settings:
+def make_settings(solver: LBFGS, x0: Vector, max_steps: Any, box: Box | None = None) -> Settings:
     """Return what all trips of a solve from `x0` are told."""
     default = _vector.epsilon(x0) ** 0.5
     rtol = default if solver.rtol is None else solver.rtol

@@ -78,14 +78,14 @@ class Terms(eqx.Module):
         atol: absolute tolerance on the gradient norm.
         noise: error of the objective's values relative to them, but for rounding.
         polish: number of Newton steps.
-        max_steps: bound on the steps.
+        max_steps: bound on the steps, or `None`.
     """
 
     rtol: Any
     atol: Any
     noise: Any
     polish: int = eqx.field(static=True)
-    max_steps: int | None = eqx.field(static=True)
+    max_steps: Any
 
 
 class Here(eqx.Module):

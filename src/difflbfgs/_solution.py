@@ -81,6 +81,12 @@ class RESULTS(_OptimistixResults):
         "from the solution does not contract, so that the solution is not near enough, or the "
         "minimum is degenerate. Lower the solver's `rtol`, or check the gradient otherwise."
     )
+    accuracy_not_reached = (
+        "The hypergradient is not as exact as `accuracy` asks for, because of the precision, or of "
+        "`max_steps`. The gradient is the best that was found, and `error_estimate` its error. Ask "
+        "for less, allow more steps, use float64, or add an absolute accuracy: where the "
+        "hypergradient vanishes, none is small beside it."
+    )
     indefinite_hessian = (
         "The Hessian has negative curvature at the solution, which is therefore a saddle point "
         "and not a minimum: the implicit derivative does not apply. Start elsewhere, or add a "

@@ -120,17 +120,21 @@ class Task(eqx.Module):
         self, system: System, outcome: Outcome, v: Vector, start: Vector | None = None
     ) -> tuple[Vector, Report]:
         """Solve `H u = v` as the adjoint says; raise if that failed and `throw` is set."""
-        achieved, regular = jax.lax.stop_gradient((outcome.achieved, outcome.regular))
+        achieved = jax.lax.stop_gradient(outcome.achieved)
         u, report = self.adjoint.solve_system(system, v, achieved, start)
-        refused = ~regular & ~jnp.asarray(self.adjoint.approximate)
-        result = RESULTS.where(refused, RESULTS.adjoint_not_converged, report.result)
-        result = RESULTS.where(self._is_torn(outcome), RESULTS.weakly_active, result)
-        result = RESULTS.where(self._was_stopped(outcome), RESULTS.stopped, result)
-        report = eqx.tree_at(lambda report: report.result, report, result)
+        report = self.judged(outcome, report)
         if self.throw:
             failed = (report.result != RESULTS.successful) & ~_vector.is_zero(v)
             u = raised(u, failed, report.result)
         return u, report
+
+    def judged(self, outcome: Outcome, report: Report) -> Report:
+        """Return the report of an adjoint that may be right, and yet not be a derivative."""
+        refused = ~jax.lax.stop_gradient(outcome.regular) & ~jnp.asarray(self.adjoint.approximate)
+        result = RESULTS.where(refused, RESULTS.adjoint_not_converged, report.result)
+        result = RESULTS.where(self._is_torn(outcome), RESULTS.weakly_active, result)
+        result = RESULTS.where(self._was_stopped(outcome), RESULTS.stopped, result)
+        return eqx.tree_at(lambda report: report.result, report, result)
 
     def _preconditioner(self, outcome):
         """Return the approximate inverse Hessian to precondition with, as a function, or `None`."""

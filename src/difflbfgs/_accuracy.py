@@ -1,0 +1,266 @@
+"""A hypergradient as exact as was asked for, and no more.
+
+Minimizer and adjoint are solved loosely, and the error of the hypergradient is estimated
+(`_certificate`). If it is too large, the Newton step of the estimate is taken, and the error
+estimated where it leads, with the Hessian of the first point: the step that shows an error of ten
+times what was wanted has as good as removed it. Where the step does not contract, the minimizer is
+not near enough. Then the search goes on, to a tolerance a hundred times smaller.
+
+M. J. Ehrhardt and L. Roberts, Analyzing inexact hypergradients for bilevel learning, IMA Journal of
+Applied Mathematics, 2023.
+"""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from difflbfgs import _box, _lanes, _memory, _vector
+from difflbfgs._certificate import (
+    ROUGHLY,
+    Certified,
+    Guess,
+    estimate,
+    extremes,
+    further,
+    guessed,
+    rounding,
+    systems,
+)
+from difflbfgs._face import Smooth
+from difflbfgs._lbfgs import WarmStart
+from difflbfgs._linear import Accuracy
+from difflbfgs._loop import Search
+from difflbfgs._problem import Problem, interior
+from difflbfgs._solution import RESULTS, Outcome, Stats, count, has_converged, raised
+from difflbfgs._task import Task
+from difflbfgs._vector import Count, Flag, Scalar, Vector
+
+# The tolerances of the first solve and its adjoint are the accuracy wanted, but no less than the
+# first, as a Newton step gains the rest for less, and no more than the second.
+_TIGHTEST = 1e-2
+_LOOSEST = 1e-1
+# By so much the tolerance shrinks before the search goes on.
+_NARROWER = 1e-2
+# No system is solved to a smaller part than this, as the Newton step is no better.
+_FINEST = 1e-3
+_MOST_STEPS = 12
+# An error that falls by less than this is at rounding level.
+_PROGRESS = 0.5
+
+
+class Wanted(eqx.Module):
+    """An error of at most `relative ‖gradient‖ + absolute`."""
+
+    relative: Any
+    absolute: Any
+
+    def target(self, gradient: list[Array]) -> Scalar:
+        """Return the error that is allowed."""
+        return self.relative * _vector.norm([jnp.abs(leaf) for leaf in gradient]) + self.absolute
+
+
+class _Refined(eqx.Module):
+    """The best guess so far with its error, and the next one, yet to be judged."""
+
+    best: Guess
+    error: Scalar
+    next: Guess
+    forcing: Scalar
+    num_steps: Count
+    num_trips: Count
+    low: Scalar
+    high: Scalar
+    goes_on: Flag
+
+
+class _Attempts(eqx.Module):
+    best: Certified
+    state: WarmStart
+    u: Vector
+    rtol: Scalar
+    over: Flag
+    begun: Flag
+
+
+def accurate(
+    task: Task, inner: Problem, outer: Problem, start: Vector | None, wanted: Wanted
+) -> Certified:
+    """Differentiate `outer` at the minimizer of `inner`, as exactly as is `wanted`."""
+    with interior(inner.name):
+        quiet = dataclasses.replace(task, throw=False)
+        found = _accurate(quiet, inner, outer, start, wanted)
+        if not task.throw:
+            return found
+        failed = found.result != RESULTS.successful
+        parts = found.value, found.gradient, found.u, found.outcome.x
+        value, gradient, u, x = raised(parts, failed, found.result)
+        outcome = dataclasses.replace(found.outcome, x=x)
+        return dataclasses.replace(found, value=value, gradient=gradient, u=u, outcome=outcome)
+
+
+def _accurate(task, inner, outer, start, wanted) -> Certified:
+    search: Search = task.find
+    dtype = _vector.dtype(search.x0)
+    wanted = Wanted(*(jnp.asarray(part, dtype) for part in (wanted.relative, wanted.absolute)))
+    finest = _vector.epsilon(search.x0) ** 0.5
+    state = _cold(search) if search.warm is None else search.warm
+
+    def attempt(state, u, rtol, spent):
+        solver = dataclasses.replace(search.solver, rtol=rtol, polish=0)
+        left = search.max_steps - spent.num_steps
+        again = dataclasses.replace(search, warm=state, solver=solver, max_steps=left)
+        return _attempt(task, again, inner, outer, u, wanted)
+
+    def advance(now: _Attempts) -> _Attempts:
+        spent = now.best
+        found = attempt(now.state, now.u, now.rtol, spent.outcome.stats)
+        better = ~now.begun | (found.error_estimate < spent.error_estimate)
+        better |= ~jnp.isfinite(spent.error_estimate)
+        stuck = jnp.isfinite(spent.error_estimate)
+        stuck &= ~(found.error_estimate < _PROGRESS * spent.error_estimate)
+        over = found.result == RESULTS.successful
+        over |= ~has_converged(found.outcome.result) | stuck | (now.rtol <= finest)
+        best = _with_counts(_vector.where(better, found, spent), spent, found)
+        rtol = jnp.maximum(_NARROWER * now.rtol, finest)
+        after = _Attempts(best, found.outcome.state, found.u, rtol, over, jnp.asarray(True))
+        waits = _lanes.waits(now.over)
+        return _vector.where(waits, now, after)
+
+    rtol = jnp.clip(jnp.asarray(wanted.relative, dtype), _TIGHTEST, _LOOSEST)
+    none = Stats(count(0), count(0), count(0), jnp.zeros_like(rtol), jnp.zeros_like(rtol))
+    u = _vector.zeros_like(search.x0) if start is None else start
+    nothing = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(attempt, state, u, rtol, none),
+    )
+    nothing = dataclasses.replace(nothing, error_estimate=jnp.full_like(rtol, jnp.inf))
+    first = _Attempts(nothing, state, u, rtol, jnp.asarray(False), jnp.asarray(False))
+    end: Any = jax.lax.while_loop(lambda now: _lanes.anywhere(~now.over), advance, first)
+    return end.best
+
+
+def _cold(search: Search) -> WarmStart:
+    """Return the state of a solve of which nothing is known."""
+    zero = jnp.zeros((), _vector.dtype(search.x0))
+    memory = _memory.empty(search.x0, search.solver.memory_size)
+    return WarmStart(search.x0, _vector.zeros_like(search.x0), memory, zero, zero)
+
+
+def _with_counts(best: Certified, *all_of_them: Certified) -> Certified:
+    """Return the best of what was found, with the counts of them all."""
+
+    def counts(found):
+        stats = found.outcome.stats
+        return (
+            stats.num_steps,
+            stats.num_fun_evals,
+            stats.num_hvps,
+            found.num_adjoint_steps,
+            found.num_estimate_steps,
+        )
+
+    return eqx.tree_at(counts, best, tuple(map(sum, zip(*map(counts, all_of_them), strict=True))))
+
+
+def _attempt(
+    task: Task, search: Search, problem: Problem, outer: Problem, u: Vector, wanted: Wanted
+) -> Certified:
+    """Search, solve the adjoint, and take Newton steps as long as the error is too large."""
+    outcome = search(problem)
+    inner = task.on_face(problem, outcome)
+    own, exact = systems(task, inner, outcome)
+    v = outer.gradient(outcome.x)
+    if exact is own:
+        u, report = exact.solve(v, Accuracy(search.solver.rtol, ROUGHLY), u)
+        report = task.judged(outcome, report)
+    else:
+        u, report = task.solve_system(own, outcome, v, u)
+    trusted = task.trusts(outcome) & (report.result == RESULTS.successful)
+    guess, _ = guessed(task, inner, outer, outcome, u)
+    refined = _refined(inner, outer, guess, exact, wanted, trusted)
+    best, error = refined.best, jnp.where(trusted, refined.error, jnp.inf)
+    reached = error <= wanted.target(best.gradient)
+    result = RESULTS.where(reached, RESULTS.successful, RESULTS.accuracy_not_reached)
+    result = RESULTS.where(report.result == RESULTS.successful, result, report.result)
+    result = RESULTS.where(has_converged(outcome.result), result, outcome.result)
+    value, v = outer.value_and_gradient(best.x)
+    residual = exact.length(_vector.sub(v, inner.product(best.x, best.u)))
+    low, high = extremes(exact, report)
+    return Certified(
+        outcome=_moved(outcome, problem, best.x, refined.num_trips),
+        value=value,
+        gradient=_vector.scale(jnp.where(trusted, 1, jnp.nan), best.gradient),
+        u=best.u,
+        result=result,
+        num_adjoint_steps=report.num_steps,
+        num_estimate_steps=further(own, exact, refined.num_steps),
+        adjoint_residual=residual / _vector.nonzero(exact.length(v)),
+        error_estimate=error,
+        min_curvature=jnp.minimum(low, refined.low),
+        max_curvature=jnp.maximum(high, refined.high),
+    )
+
+
+def _refined(
+    inner: Smooth, outer: Problem, guess: Guess, system, wanted: Wanted, trusted: Flag
+) -> _Refined:
+    """Estimate the error of the guess, and of those to which the Newton steps lead."""
+    noise = rounding(inner, guess.x, system)
+
+    def advance(now: _Refined) -> _Refined:
+        found = estimate(inner, outer, now.next, system, noise, now.forcing)
+        better = found.error < now.error
+        progress = found.error < _PROGRESS * now.error
+        best = _vector.where(better, now.next, now.best)
+        error = _vector.where(better, found.error, now.error)
+        target = wanted.target(best.gradient)
+        num_trips = now.num_trips + 1
+        goes_on = progress & (error > target) & (num_trips < _MOST_STEPS)
+        goes_on &= inner.is_inside(found.after.x)
+        # The step to come is to leave a third of what is allowed.
+        forcing = target / (3 * now.forcing * _vector.nonzero(found.error))
+        low = jnp.minimum(found.inner.min_curvature, found.adjoint.min_curvature)
+        high = jnp.maximum(found.inner.max_curvature, found.adjoint.max_curvature)
+        after = _Refined(
+            best=best,
+            error=error,
+            next=found.after,
+            forcing=jnp.clip(forcing, _FINEST, ROUGHLY),
+            num_steps=now.num_steps + found.num_steps(),
+            num_trips=num_trips,
+            low=jnp.minimum(now.low, low),
+            high=jnp.maximum(now.high, high),
+            goes_on=goes_on,
+        )
+        return _vector.where(_lanes.waits(~now.goes_on), now, after)
+
+    zero = jnp.zeros_like(noise)
+    first = _Refined(
+        best=guess,
+        error=zero + jnp.inf,
+        next=guess,
+        forcing=zero + ROUGHLY,
+        num_steps=count(0),
+        num_trips=count(0),
+        low=zero + jnp.inf,
+        high=zero,
+        goes_on=trusted,
+    )
+    end: Any = jax.lax.while_loop(lambda now: _lanes.anywhere(now.goes_on), advance, first)
+    return end
+
+
+def _moved(outcome: Outcome, problem: Problem, x: Vector, num_trips: Count) -> Outcome:
+    """Return the outcome with the minimizer at `x`, to which so many evaluations led."""
+    f, g = problem.value_and_gradient(x)
+    free = g if outcome.active is None else _box.masked(outcome.active, g)
+    evaluations = outcome.stats.num_fun_evals + num_trips
+    stats = dataclasses.replace(
+        outcome.stats, num_fun_evals=evaluations, grad_norm=_vector.norm(free)
+    )
+    state = dataclasses.replace(outcome.state, x=x, g=g)
+    return dataclasses.replace(outcome, x=x, f=f, stats=stats, state=state)
