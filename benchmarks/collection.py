@@ -239,6 +239,7 @@ def quadratic(condition: float, dtype: Any = jnp.float64, n: int = 100) -> Probl
 COLLECTION: dict[str, Callable[..., Problem]] = {
     "ridge": ridge_regression,
     "logistic": logistic_regression,
+    "softmax e-2": lambda dtype=jnp.float64: softmax_regression(-2.0, dtype),
     "softmax e-4": lambda dtype=jnp.float64: softmax_regression(-4.0, dtype),
     "softmax e-6": lambda dtype=jnp.float64: softmax_regression(-6.0, dtype),
     "softmax e-9": lambda dtype=jnp.float64: softmax_regression(-9.0, dtype),
