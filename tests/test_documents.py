@@ -26,7 +26,7 @@ MODULES = sorted(
 PAGES = {path.stem: path for path in sorted((ROOT / "docs").glob("*.md"))}
 WITHOUT_BLOCKS = ("api", "gallery", "benchmarks")  # made of docstrings, or of recorded runs
 DOCUMENTS = {
-    "README.md": 6,
+    "README.md": 2,
     **{f"docs/{stem}.md": 2 for stem in PAGES if stem not in WITHOUT_BLOCKS},
 }
 PUBLIC = [f"difflbfgs.{name}" for name in difflbfgs.__all__] + [
