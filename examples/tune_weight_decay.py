@@ -204,13 +204,14 @@ def conclude(before, after, implicit, unrolled):
     """Say in plain words what came out."""
     valid, test = (100 * (1 - after[k] / before[k]) for k in range(2))
     error, seconds, size = implicit
-    longest = unrolled[-1]
+    most = unrolled[-1]
+    time_share, memory_share = 100 * seconds / most[1], 100 * size / most[2]
     print(
         f"\n64 decays instead of one: validation loss {valid:.0f} % lower, test loss {test:.0f} % "
         f"lower, {after[2]} instead of {before[2]} of {len(TEST[1])} test images wrong.\n"
-        f"The hypergradient is right to {-np.log10(error):.0f} digits, in "
-        f"{100 * seconds / longest[1]:.0f} % of the time and {100 * size / longest[2]:.1f} % of the "
-        f"memory of the longest unrolled SGD, whose error is {longest[0]:.0e}."
+        f"The hypergradient is right to {-np.log10(error):.0f} digits, in {time_share:.0f} % of the "
+        f"time and {memory_share:.1f} % of the memory of the longest unrolled SGD, whose error is "
+        f"{most[0]:.0e}."
     )
 
 

@@ -107,10 +107,13 @@ def test_every_example_is_in_the_gallery():
         assert (f"({path.stem}.png)" in gallery) == (ROOT / f"docs/{path.stem}.png").exists()
 
 
-def test_the_citation_has_the_version():
-    citation = (ROOT / "CITATION.cff").read_text()
+def test_citation_project_and_changes_name_one_release():
+    citation, changes = ((ROOT / name).read_text() for name in ("CITATION.cff", "CHANGELOG.md"))
     assert f"\nversion: {difflbfgs.__version__}\n" in citation
     assert f'\nversion = "{difflbfgs.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+    (date,) = re.findall(r"^date-released: (.+)$", citation, re.M)
+    releases = re.findall(r"^## (.+)$", changes, re.M)
+    assert releases[:2] == ["[Unreleased]", f"[{difflbfgs.__version__}] - {date}"]
 
 
 @pytest.fixture
