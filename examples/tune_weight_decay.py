@@ -6,7 +6,8 @@ each of the 64 pixels,
     min_{W, b}  mean cross-entropy + ½ Σ_j (1e-5 + exp(θ_j)) ‖W_j‖².
 
 The outer problem picks `θ` for the least cross-entropy on 600 validation images. It starts from the
-best single decay of a grid, and is judged on 1047 test images. The second part compares the
+best single decay of a grid, and is judged on 1047 test images: both losses fall, and fewer images
+are wrong. So it was in five splits of five, by 1 to 21 images. The second part compares the
 hypergradient with that of unrolled SGD: error, time and memory.
 
     python examples/tune_weight_decay.py [--quick] [--output tune_weight_decay.png]
@@ -209,9 +210,9 @@ def conclude(before, after, implicit, unrolled):
     print(
         f"\n64 decays instead of one: validation loss {valid:.0f} % lower, test loss {test:.0f} % "
         f"lower, {after[2]} instead of {before[2]} of {len(TEST[1])} test images wrong.\n"
-        f"The hypergradient is right to {-np.log10(error):.0f} digits, in {time_share:.0f} % of the "
-        f"time and {memory_share:.1f} % of the memory of the longest unrolled SGD, whose error is "
-        f"{most[0]:.0e}."
+        f"The hypergradient is right to {-np.log10(error):.0f} digits. It takes "
+        f"{time_share:.0f} % of the time and {memory_share:.1f} % of the memory of the longest "
+        f"unrolled SGD, whose error is {most[0]:.0e}."
     )
 
 
