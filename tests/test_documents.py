@@ -63,6 +63,10 @@ def test_blocks_print_what_they_say(name, least):
     assert len(blocks) >= least
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 700
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     module = importlib.import_module(f"difflbfgs.{name}")
