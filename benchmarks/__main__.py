@@ -5,8 +5,7 @@
 
 All take 15 to 20 minutes on two cores, with `--full` two hours, with `--quick` less. With
 `--record`, which goes with `--full`, numbers go to `benchmarks/results`, pictures to `docs`, and
-the tables of README.md and docs/benchmarks.md are written anew. Exits with 1 if a claim does not
-hold.
+the tables of docs/benchmarks.md are written anew. Exits with 1 if a claim does not hold.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import time
 
 HERE = pathlib.Path(__file__).parent
 DRAWN = ("hypergradient", "growth", "compiling", "limit", "tasks", "theory", "bounds", "forward")
-# In this order: what the README shows first.
+# In this order: what docs/benchmarks.md shows first.
 SCRIPTS = (
     "hypergradient",
     "growth",

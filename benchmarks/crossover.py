@@ -6,8 +6,8 @@ For each size: compile both, interleave the runs, print medians and their ratio,
 problem: softmax regression, a small network with a proximal term, and an ill-conditioned quadratic,
 on which CG takes more steps than there are variables. What dense costs more on the easy ones buys
 certainty: it sees every curvature. Up to the threshold in use, `DENSE_SIZE`, it must not take more
-than twice as long, and no more than half as long again on the ill-conditioned one; beyond, CG must
-win on the easy problems. The claims are asserted at the end.
+than three times as long, and no more than half as long again on the ill-conditioned one; beyond,
+CG must win on the easy problems. The claims are asserted at the end.
 """
 
 import functools
@@ -91,7 +91,7 @@ def main():
             if n > _system.DENSE_SIZE:
                 holds = not easy or cg < dense
             else:
-                holds = dense < (2 if easy else 1.5) * cg
+                holds = dense < (3 if easy else 1.5) * cg
             if not holds:
                 short.append(f"{name}, n = {n}: dense / CG = {dense / cg:.2f}")
     harness.record(options.results, rows, options.quick)

@@ -2,8 +2,8 @@
 
     python benchmarks/report.py
 
-writes the tables between the markers in README.md and docs/benchmarks.md anew from
-`benchmarks/results`, and the picture of the hypergradients.
+writes the tables between the markers in docs/benchmarks.md anew from `benchmarks/results`, and the
+picture of the hypergradients.
 """
 
 import dataclasses
@@ -310,7 +310,7 @@ TABLES = {
     "compiling": compiling_table,
     "forward": forward_table,
 }
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "docs" / "benchmarks.md",)
 
 
 def written(text: str) -> str:

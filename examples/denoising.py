@@ -118,7 +118,7 @@ def learn(num_steps):
         return optax.apply_updates(theta, updates), state, loss
 
     theta, state, losses = START, optimizer.init(START), []
-    with tqdm(range(num_steps), desc="learning eight filters") as bar:
+    with tqdm(range(num_steps), desc="learning eight filters", disable=None) as bar:
         for _ in bar:
             theta, state, loss = step(theta, state)
             losses.append(float(loss))

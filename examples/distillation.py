@@ -120,7 +120,7 @@ def distil(num_steps):
     """Learn with Adam; return `theta`, its weights, and both losses of every step."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, num_steps))
     theta, moments, losses = THETA, optimizer.init(THETA), []
-    with tqdm(range(num_steps), desc="learning ten images") as bar:
+    with tqdm(range(num_steps), desc="learning ten images", disable=None) as bar:
         for _ in bar:
             value, _, valid, gradient = distillation_loss(theta)
             losses.append((float(value), float(valid)))

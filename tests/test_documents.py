@@ -24,9 +24,11 @@ MODULES = sorted(
     if path.stem != "__init__"
 )
 PAGES = {path.stem: path for path in sorted((ROOT / "docs").glob("*.md"))}
-WITHOUT_BLOCKS = ("api", "gallery", "benchmarks")  # made of docstrings, or of recorded runs
+REFERENCE = [path.read_text() for stem, path in PAGES.items() if stem.startswith("api")]
+# Made of docstrings or of recorded runs, or with nothing to run.
+WITHOUT_BLOCKS = ("gallery", "benchmarks", "stability", *(s for s in PAGES if s.startswith("api")))
 DOCUMENTS = {
-    "README.md": 6,
+    "README.md": 2,
     **{f"docs/{stem}.md": 2 for stem in PAGES if stem not in WITHOUT_BLOCKS},
 }
 PUBLIC = [f"difflbfgs.{name}" for name in difflbfgs.__all__] + [
@@ -61,6 +63,10 @@ def test_blocks_print_what_they_say(name, least):
     assert len(blocks) >= least
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 700
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     module = importlib.import_module(f"difflbfgs.{name}")
@@ -73,13 +79,20 @@ def test_public_names_have_docstrings(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_public_names_are_in_the_api_page(name):
-    lines = PAGES["api"].read_text().splitlines()
+def test_public_names_are_in_the_reference(name):
+    lines = [line for page in REFERENCE for line in page.splitlines()]
     assert lines.count(f"::: {name}") == 1
 
 
-def test_the_api_page_has_nothing_else():
-    assert set(re.findall(r"^::: (\S+)", PAGES["api"].read_text(), re.M)) == set(PUBLIC)
+def test_the_reference_has_nothing_else():
+    named = [name for page in REFERENCE for name in re.findall(r"^::: (\S+)", page, re.M)]
+    assert set(named) == set(PUBLIC)
+
+
+def test_the_summary_names_all():
+    linked = re.findall(r"^\| \[`([\w.]+)`\]\(api_\w+\.md#([\w.]+)\) \|", REFERENCE[0], re.M)
+    assert {anchor for _, anchor in linked} == set(PUBLIC)
+    assert all(anchor.endswith(name) for name, anchor in linked)
 
 
 @pytest.mark.parametrize("name", ENDINGS)
@@ -95,22 +108,30 @@ def test_endings_are_all():
 
 def test_every_page_is_in_the_navigation():
     configuration = (ROOT / "mkdocs.yml").read_text()
-    assert set(re.findall(r"^  - .*: (\w+)\.md$", configuration, re.M)) == set(PAGES)
+    assert set(re.findall(r"^ +- .*: (\w+)\.md$", configuration, re.M)) == set(PAGES)
 
 
-def test_every_example_is_in_the_gallery():
+def test_every_example_has_its_page_in_the_gallery():
     hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
     gallery = hooks["on_page_markdown"](PAGES["gallery"].read_text())
-    for path in (ROOT / "examples").glob("*.py"):
-        assert f"## {path.name}\n" in gallery
-        assert f"    python examples/{path.name}" in gallery
-        assert (f"({path.stem}.png)" in gallery) == (ROOT / f"docs/{path.stem}.png").exists()
+    examples = sorted((ROOT / "examples").glob("*.py"))
+    assert sorted(hooks["titles"]()) == [path.stem for path in examples]
+    for path in examples:
+        assert gallery.count(f"({path.stem}.png)") == 1
+        assert gallery.count(f"(examples/{path.stem}.md)") == 1
+        page = hooks["example_page"](path.stem)
+        assert f"    python examples/{path.name}" in page
+        assert path.read_text().split('"""', 2)[2].strip() in page
+        assert (ROOT / "docs" / "output" / f"{path.stem}.txt").read_text().strip() in page
 
 
-def test_the_citation_has_the_version():
-    citation = (ROOT / "CITATION.cff").read_text()
+def test_citation_project_and_changes_name_one_release():
+    citation, changes = ((ROOT / name).read_text() for name in ("CITATION.cff", "CHANGELOG.md"))
     assert f"\nversion: {difflbfgs.__version__}\n" in citation
     assert f'\nversion = "{difflbfgs.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+    (date,) = re.findall(r"^date-released: (.+)$", citation, re.M)
+    releases = re.findall(r"^## (.+)$", changes, re.M)
+    assert releases[:2] == ["[Unreleased]", f"[{difflbfgs.__version__}] - {date}"]
 
 
 @pytest.fixture

@@ -26,17 +26,11 @@ class LBFGS(eqx.Module):
 
     or at `‖∇f(x)‖₂ <= atol`. Neither a start far away nor the units of single variables loosen it.
 
-    With `polish=0` the test is `‖∇f(x)‖₂ <= atol + rtol · reference`, and `∇fᵀP∇f <= rtol E` with
-    the memory's inverse Hessian `P` and an energy `E` of the last step. The reference is the
-    gradient norm at the start, but at least 1/100 of `c · l` after the first step and at most
-    `c · l` at `x`. Here `c` is the largest curvature `‖y‖/‖s‖` met of late, fading by a factor of
-    four with every step, and `l = min(1, max(‖x‖, ‖x - x0‖))`. At a kink the curvature grows
-    without limit as steps shrink: a step below `eps^(1/4) / 2 · max(‖x‖, l)` counts as if it were
-    as long, and does not fade what was met before.
+    With `polish=0` the test is `‖∇f(x)‖₂ <= atol + rtol · reference`, with a gradient norm typical
+    of the problem for the reference; docs/how_it_works.md has the formula.
 
-    Multiplying the objective by a constant changes nothing but roundings. An evaluation of the
-    objective with its gradient is a trip of the loop; a step takes one or a few, and about
-    `4 · memory_size · n` multiplications; memory is about `2 · memory_size + 15` vectors.
+    A step takes one evaluation of the objective with its gradient, or a few, and about
+    `4 · memory_size · n` multiplications. Memory is about `2 · memory_size + 15` vectors.
 
     Args:
         rtol: relative tolerance, as above. `None`: square root of the working dtype's machine
