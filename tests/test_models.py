@@ -24,7 +24,7 @@ class Layer:
 
 
 class Stage(NamedTuple):
-    count: int
+    steps: int
     mu: dict
 
 
