@@ -275,3 +275,17 @@ def test_bad_arguments(kwargs, error, message):
 def test_bad_options():
     with pytest.raises(ValueError, match=r"autodiff_mode.*'fwd'"):
         optx.minimise(quartic, SOLVER, START, THETA, options={"autodiff_mode": "fwd"})
+
+
+def test_roots_are_found_and_least_squares_find_them_sooner():
+    """A norm has a kink at a root, and half its square has none."""
+
+    def residual(y, a):
+        return jnp.array([y[0] ** 2 - a, y[1] - y[0]])
+
+    steps = []
+    for solve in (optx.least_squares, optx.root_find):
+        sol = solve(residual, LBFGS(1e-6, 1e-6), jnp.ones(2), 4.0)
+        assert jnp.allclose(sol.value, 2, rtol=0, atol=1e-6)
+        steps.append(int(sol.stats["num_steps"]))
+    assert 4 * steps[0] < steps[1]

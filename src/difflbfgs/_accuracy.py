@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from difflbfgs import _box, _lanes, _memory, _vector
+from difflbfgs import _box, _lanes, _vector
 from difflbfgs._certificate import (
     ROUGHLY,
     Certified,
@@ -31,9 +31,8 @@ from difflbfgs._certificate import (
     systems,
 )
 from difflbfgs._face import Smooth
-from difflbfgs._lbfgs import WarmStart
 from difflbfgs._linear import Accuracy
-from difflbfgs._loop import Search
+from difflbfgs._loop import Point, Search, State, begin, make_settings
 from difflbfgs._problem import Problem, interior
 from difflbfgs._solution import RESULTS, Outcome, Stats, count, has_converged, raised
 from difflbfgs._task import Task
@@ -79,7 +78,7 @@ class _Refined(eqx.Module):
 
 class _Attempts(eqx.Module):
     best: Certified
-    state: WarmStart
+    state: State
     u: Vector
     rtol: Scalar
     over: Flag
@@ -107,7 +106,7 @@ def _accurate(task, inner, outer, start, wanted) -> Certified:
     dtype = _vector.dtype(search.x0)
     wanted = Wanted(*(jnp.asarray(part, dtype) for part in (wanted.relative, wanted.absolute)))
     finest = _vector.epsilon(search.x0) ** 0.5
-    state = _cold(search) if search.warm is None else search.warm
+    state = _first_state(search, inner)
 
     def attempt(state, u, rtol, spent):
         solver = dataclasses.replace(search.solver, rtol=rtol, polish=0)
@@ -143,11 +142,18 @@ def _accurate(task, inner, outer, start, wanted) -> Certified:
     return end.best
 
 
-def _cold(search: Search) -> WarmStart:
-    """Return the state of a solve of which nothing is known."""
-    zero = jnp.zeros((), _vector.dtype(search.x0))
-    memory = _memory.empty(search.x0, search.solver.memory_size)
-    return WarmStart(search.x0, _vector.zeros_like(search.x0), memory, zero, zero)
+def _first_state(search: Search, problem: Problem) -> State:
+    """Return the state to begin with, in the structure of those that follow."""
+    cold = begin(
+        make_settings(search.solver, search.x0, search.max_steps, problem.box()), search.x0
+    )
+    if search.warm is None:
+        return cold
+    return (
+        search.warm
+        if search.warm.search is not None
+        else dataclasses.replace(search.warm, search=cold.search)
+    )
 
 
 def _with_counts(best: Certified, *all_of_them: Certified) -> Certified:
@@ -258,9 +264,8 @@ def _moved(outcome: Outcome, problem: Problem, x: Vector, num_trips: Count) -> O
     """Return the outcome with the minimizer at `x`, to which so many evaluations led."""
     f, g = problem.value_and_gradient(x)
     free = g if outcome.active is None else _box.masked(outcome.active, g)
+    grad_norm = _vector.norm(free)
     evaluations = outcome.stats.num_fun_evals + num_trips
-    stats = dataclasses.replace(
-        outcome.stats, num_fun_evals=evaluations, grad_norm=_vector.norm(free)
-    )
-    state = dataclasses.replace(outcome.state, x=x, g=g)
+    stats = dataclasses.replace(outcome.stats, num_fun_evals=evaluations, grad_norm=grad_norm)
+    state = dataclasses.replace(outcome.state, point=Point(x, f, g, grad_norm))
     return dataclasses.replace(outcome, x=x, f=f, stats=stats, state=state)

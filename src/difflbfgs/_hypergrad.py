@@ -23,7 +23,8 @@ from difflbfgs._checks import (
     no_type_check,
 )
 from difflbfgs._lanes import lane_by_lane
-from difflbfgs._lbfgs import LBFGS, WarmStart
+from difflbfgs._lbfgs import LBFGS
+from difflbfgs._loop import State
 from difflbfgs._minimize import check_watchers, make_solution, make_task, with_bounds
 from difflbfgs._problem import Problem, make_problem, make_variables, split_theta
 from difflbfgs._solution import Solution, short_errors
@@ -35,7 +36,7 @@ from difflbfgs._vector import Scalar, Vector
 class HypergradState(eqx.Module):
     """What one call hands to the next: the solve's state, and the adjoint vector."""
 
-    solve: WarmStart
+    solve: State
     adjoint: Vector
 
 

@@ -5,12 +5,12 @@ import lineax as lx
 from difflbfgs import _memory
 from difflbfgs._checks import no_type_check
 from difflbfgs._hypergrad import HypergradState
-from difflbfgs._lbfgs import WarmStart
+from difflbfgs._loop import State
 from difflbfgs._operator import SymmetricOperator
 
 
 @no_type_check
-def inverse_hessian_operator(state: WarmStart | HypergradState) -> lx.AbstractLinearOperator:
+def inverse_hessian_operator(state: State | HypergradState) -> lx.AbstractLinearOperator:
     """Return the inverse Hessian that a solve left in its memory, as a Lineax operator.
 
     With the pairs `s = x⁺ - x`, `y = ∇f(x⁺) - ∇f(x)`, oldest first, and `rho = 1 / sᵀy`, it is
@@ -49,7 +49,7 @@ def inverse_hessian_operator(state: WarmStart | HypergradState) -> lx.AbstractLi
     """
     if isinstance(state, HypergradState):
         state = state.solve
-    if not isinstance(state, WarmStart):
+    if not isinstance(state, State):
         raise TypeError(
             f"state must be the state of a Solution of LBFGS, got {state!r} of type "
             f"{type(state).__name__}. Pass solution.state."

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from difflbfgs import _box, _krylov, _memory, _phases, _vector
+from difflbfgs import _box, _krylov, _loop, _memory, _phases, _vector
 from difflbfgs._adjoint import ForwardImplicitAdjoint, ImplicitAdjoint
 from difflbfgs._checks import (
     check_callable,
@@ -24,7 +24,7 @@ from difflbfgs._checks import (
     no_type_check,
 )
 from difflbfgs._face import Face, Smooth
-from difflbfgs._lbfgs import LBFGS, WarmStart
+from difflbfgs._lbfgs import LBFGS
 from difflbfgs._linear import Accuracy
 from difflbfgs._minimize import (
     make_solution,
@@ -206,7 +206,7 @@ class Check(eqx.Module):
             f=f,
             result=result,
             stats=Stats(count(0), count(2), step.products, grad_norm, reference),
-            state=WarmStart(x, gradient, memory, reference, curvature),
+            state=_loop.arrived(x, gradient, memory, reference, curvature),
             achieved=step.decrement / _vector.nonzero(size),
             regular=jnp.asarray(True),
         )

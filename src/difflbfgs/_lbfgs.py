@@ -1,9 +1,8 @@
-"""L-BFGS: its settings, and what one solve hands to the next."""
+"""L-BFGS: its settings."""
 
 from typing import Any
 
 import equinox as eqx
-import optax
 
 from difflbfgs._checks import (
     check_flag,
@@ -13,7 +12,6 @@ from difflbfgs._checks import (
     check_tolerance,
     no_type_check,
 )
-from difflbfgs._vector import Scalar, Vector
 
 
 @no_type_check
@@ -68,13 +66,3 @@ class LBFGS(eqx.Module):
         check_flag("flatten", self.flatten)
         check_tolerance("noise", self.noise, optional=True)
         check_linesearch(self.linesearch)
-
-
-class WarmStart(eqx.Module):
-    """What one solve hands to the next: minimizer, memory, and the scale of things there."""
-
-    x: Vector
-    g: Vector
-    memory: optax.ScaleByLBFGSState
-    reference: Scalar
-    curvature: Scalar

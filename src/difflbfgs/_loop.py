@@ -8,6 +8,7 @@ lengths along it are tried by `_wolfe`. A line search of the user's is another w
 its whole search is one trip.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,13 @@ import optax
 from difflbfgs import _box, _lanes, _memory, _phases, _vector, _wolfe
 from difflbfgs._box import Active, Box
 from difflbfgs._face import Face, Smooth
-from difflbfgs._lbfgs import LBFGS, WarmStart
+from difflbfgs._lbfgs import LBFGS
 from difflbfgs._memory import Pair
 from difflbfgs._newton import newton_step
 from difflbfgs._phases import Decision, Here, Ledger, Seen, Terms, Wall
 from difflbfgs._problem import Problem
-from difflbfgs._scale import rounding
-from difflbfgs._solution import Outcome, Stats, count
+from difflbfgs._scale import Scale, rounding
+from difflbfgs._solution import RESULTS, Outcome, Stats, count
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 from difflbfgs._watch import Step, Stop, watch
 from difflbfgs._wolfe import Line, Trial
@@ -40,21 +41,23 @@ class Search(eqx.Module):
     """A solve to be done, but for the problem itself."""
 
     x0: Vector
-    warm: WarmStart | None
+    warm: "State | None"
     solver: LBFGS
     max_steps: Any
     callback: Callable[[Step], None] | None = eqx.field(default=None, static=True)
     stop: Stop | None = None
 
     def __call__(self, problem: Problem) -> Outcome:
-        """Minimize `problem`, from `x0` or from the minimizer in `warm`."""
+        """Minimize `problem`, from `x0` or from the point in `warm`."""
         with jax.numpy_dtype_promotion("standard"):
             return self._end(problem)
 
     def _end(self, problem: Problem) -> Outcome:
-        x0 = self.x0 if self.warm is None else self.warm.x
-        settings = make_settings(self.solver, x0, self.max_steps, problem.box())
-        start = begin(settings, self.warm)
+        settings = make_settings(self.solver, self.x0, self.max_steps, problem.box())
+        start = begin(settings, self.x0, self.warm)
+        if self.warm is not None and _vector.is_alike(self.warm, start):
+            settings = dataclasses.replace(settings, unfinished=self.warm)
+            start = dataclasses.replace(start, ledger=start.ledger.resumable())
 
         def advance(now: State) -> State:
             after, step = trip(problem, now, settings)
@@ -63,7 +66,7 @@ class Search(eqx.Module):
                 wanted = step.taken & step.step & self.stop(record, after.point.x)
                 after = eqx.tree_at(lambda a: a.ledger, after, after.ledger.stopped(wanted))
             waits = _lanes.waits(now.ledger.over())
-            watched = step.step | (after.ledger.over() & (after.ledger.num_steps > 0))
+            watched = step.step | (after.ledger.over() & (after.ledger.spent().num_steps > 0))
             watch(self.callback, _record(after, step), watched & ~waits)
             return _lanes.held(waits, now, after, lambda state: _memory.rows(state.memory))
 
@@ -83,9 +86,10 @@ class Point(eqx.Module):
 
 
 class State(eqx.Module):
-    """Where a solve stands; the carry of its loop.
+    """Where a solve stands; the carry of its loop, and what it hands to the next.
 
     Attributes:
+        x0: where it began.
         point: the best point met.
         d: the direction along which the trial to come lies.
         slope: `gᵀd`.
@@ -95,6 +99,7 @@ class State(eqx.Module):
         ledger: what the table remembers.
     """
 
+    x0: Vector
     point: Point
     d: Vector
     slope: Scalar
@@ -103,14 +108,25 @@ class State(eqx.Module):
     line: Line
     ledger: Ledger
 
+    # `equinox.tree_at` finds something else than vectors here: no annotation, which is checked.
+    @property
+    def x(self):
+        """The best point met."""
+        return self.point.x
+
+    @property
+    def g(self):
+        """The gradient there."""
+        return self.point.g
+
 
 class Settings(eqx.Module):
-    """What a trip is told, and does not change."""
+    """What a trip is told, and does not change; `unfinished` may be resumed."""
 
     solver: LBFGS
     terms: Terms
-    x0: Vector
     box: Box | None
+    unfinished: State | None = None
 
     def active(self, point: Point) -> Active | None:
         """Return which variables are at their bounds, if there are any."""
@@ -127,36 +143,69 @@ class _Evaluated(eqx.Module):
     met: Any = None  # the variables that met their bounds on the way
 
 
-def make_settings(solver: LBFGS, x0: Vector, max_steps: Any, box: Box | None = None) -> Settings:
-    """Return what all trips of a solve from `x0` are told."""
-    default = _vector.epsilon(x0) ** 0.5
+def make_settings(solver: LBFGS, like: Vector, max_steps: Any, box: Box | None = None) -> Settings:
+    """Return what all trips of a solve for a vector like this are told."""
+    default = _vector.epsilon(like) ** 0.5
     rtol = default if solver.rtol is None else solver.rtol
     noise = 0.0 if solver.noise is None else solver.noise
     # Of a traced tolerance nobody could see that it is negative.
     rtol, atol, noise = (jnp.maximum(least, 0) for least in (rtol, solver.atol, noise))
     terms = Terms(rtol, atol, noise, solver.polish, max_steps)
-    return Settings(solver, terms, x0 if box is None else box.project(x0), box)
+    return Settings(solver, terms, box)
 
 
-def begin(settings: Settings, warm: WarmStart | None) -> State:
-    """Return the state before the first evaluation."""
-    x = settings.x0
+def begin(settings: Settings, x0: Vector, warm: State | None = None) -> State:
+    """Return the state before the first evaluation, at `x0` or at the point in `warm`."""
+    box, search = settings.box, settings.solver.linesearch
+    start = x0 if warm is None else warm.x
+    x = start if box is None else box.project(start)
     zero = jnp.zeros((), _vector.dtype(x))
     nothing = _vector.zeros_like(x)
-    g = nothing if warm is None else warm.g
     hand_over = jnp.maximum(_phases.HAND_OVER, settings.terms.rtol)
-    reference, curvature = (zero, zero) if warm is None else (warm.reference, warm.curvature)
-    ledger = _phases.first(zero, hand_over, reference, curvature)
-    search: Any = settings.solver.linesearch
-    memory = _memory.empty(x, settings.solver.memory_size) if warm is None else warm.memory
-    if warm is not None and settings.box is not None:
-        memory = _memory.shifted(memory, _vector.sub(x, warm.x))
+    if warm is None:
+        g, reference, curvature = nothing, zero, zero
+        memory = _memory.empty(x, settings.solver.memory_size)
+    else:
+        scale = warm.ledger.scale
+        g, reference, curvature = warm.g, scale.reference(), scale.curvature
+        memory = warm.memory
+        if box is not None:
+            memory = _memory.shifted(memory, _vector.sub(x, start))
     return State(
+        x0=x,
         point=Point(x, jnp.full_like(zero, jnp.inf), g, zero),
         d=nothing,
         slope=zero,
         memory=memory,
         search=None if search is None else search.init(x),
+        line=_wolfe.begin(zero, zero, zero),
+        ledger=_phases.first(zero, hand_over, reference, curvature),
+    )
+
+
+def arrived(
+    x: Vector,
+    g: Vector,
+    memory: optax.ScaleByLBFGSState,
+    reference: Scalar,
+    curvature: Scalar,
+) -> State:
+    """Return the state of a solve that has ended here, for a warm start."""
+    zero = jnp.zeros_like(reference)
+    scale = Scale(reference, curvature, jnp.ones_like(zero), jnp.asarray(True))
+    ledger = dataclasses.replace(
+        _phases.first(zero, zero, zero, zero),
+        phase=count(_phases.DONE),
+        result=RESULTS.successful,
+        scale=scale,
+    )
+    return State(
+        x0=x,
+        point=Point(x, zero, g, zero),
+        d=_vector.zeros_like(x),
+        slope=zero,
+        memory=memory,
+        search=None,
         line=_wolfe.begin(zero, zero, zero),
         ledger=ledger,
     )
@@ -177,11 +226,46 @@ def trip(problem: Problem, now: State, settings: Settings) -> tuple[State, Decis
     before, point = now.point, _vector.where(decision.taken, trial, now.point)
     starting = now.ledger.phase == _phases.START
     memory = _memory.regraded(now.memory, starting, _vector.sub(found.g, before.g))
-    now = State(point, now.d, now.slope, memory, found.search, line, ledger)
+    now = State(now.x0, point, now.d, now.slope, memory, found.search, line, ledger)
+    s = _vector.sub(point.x, before.x)
+    if settings.unfinished is not None:
+        now, decision, s = _resumed(now, decision, s, starting, settings.unfinished, settings.terms)
     if settings.terms.polish > 0:
-        s = _vector.sub(point.x, before.x)
         now, decision = _with_newton_step(problem, now, decision, s, settings)
     return _turned(now, decision, settings), decision
+
+
+def _resumed(
+    now: State, decision: Decision, s: Vector, starting: Flag, unfinished: State, terms: Terms
+) -> tuple[State, Decision, Vector]:
+    """Go on as the solve would have that was not finished, if this one starts where that stood.
+
+    That is so if value and gradient are the same bit for bit, and the same variables free. The
+    memory is, too, and has the step that led there.
+    """
+    following, ledger = _phases.resumed(unfinished.ledger)
+    resumable = starting & unfinished.ledger.is_unfinished() & ~now.ledger.over()
+    if terms.polish == 0:
+        resumable &= ~following.ask  # there is no Newton's method to be asked
+
+    def compare():
+        here, there = now.point, unfinished.point
+        same = _vector.is_equal((here.x, here.f, here.g), (there.x, there.f, there.g))
+        return same & (jnp.abs(here.grad_norm - there.grad_norm) <= rounding(there.grad_norm))
+
+    same = jax.lax.cond(_lanes.anywhere(resumable), compare, lambda: jnp.asarray(False))
+    same &= resumable
+    line = _wolfe.begin(unfinished.point.f, unfinished.slope, jnp.ones_like(unfinished.slope))
+    unfinished = dataclasses.replace(unfinished, line=line, ledger=ledger)
+    step = _memory.newest(now.memory, now.point.x, now.point.g).s
+    new, old = (
+        (eqx.tree_at(lambda state: state.memory, state, None), *others)
+        for state, *others in ((unfinished, following, step), (now, decision, s))
+    )
+    found, decision, s = jax.lax.cond(
+        _lanes.anywhere(same), lambda: _lanes.only(same, new, old), lambda: old
+    )
+    return dataclasses.replace(found, memory=now.memory), decision, s
 
 
 def _evaluate(problem: Problem, now: State, settings: Settings) -> _Evaluated:
@@ -232,7 +316,7 @@ def _searched(problem: Problem, now: State, linesearch: Any) -> _Evaluated:
 
 def _measure(now: State, found: _Evaluated, settings: Settings) -> Seen:
     """Return all inner products that the decision asks for."""
-    x0, box, dot = settings.x0, settings.box, _vector.dot
+    x0, box, dot = now.x0, settings.box, _vector.dot
     g, d, wall = found.g, now.d, None
     s = _vector.sub(found.x, now.point.x)
     y = _vector.sub(found.g, now.point.g)
@@ -313,7 +397,7 @@ def _with_newton_step(
     d, slope = _lanes.only(new, (d, slope), (now.d, now.slope))
     line = _vector.where(new, _wolfe.begin(now.point.f, slope, jnp.ones_like(slope)), now.line)
     turn = decision.turn | (decision.ask & ~found.valid & ~ledger.over())
-    now = State(now.point, d, slope, now.memory, now.search, line, ledger)
+    now = dataclasses.replace(now, d=d, slope=slope, line=line, ledger=ledger)
     return now, eqx.tree_at(lambda a: a.turn, decision, turn)
 
 
@@ -362,7 +446,7 @@ def _turned(now: State, decision: Decision, settings: Settings) -> State:
     # Of a solve that ends here the newest pair is the one that Optax would form next.
     ended = eqx.tree_at(_memory.rows, now.memory, _memory.rows(memory))
     memory = _vector.where(ledger.over(), ended, memory)
-    return State(now.point, d, slope, memory, now.search, line, ledger)
+    return dataclasses.replace(now, d=d, slope=slope, memory=memory, line=line, ledger=ledger)
 
 
 def _first_length(point: Point, scale) -> Scalar:
@@ -379,28 +463,28 @@ def _first_length(point: Point, scale) -> Scalar:
 
 
 def _record(after: State, decision: Decision) -> Step:
-    counts = after.ledger.num_steps, after.ledger.num_fun_evals
+    spent = after.ledger.spent()
+    counts = spent.num_steps, spent.num_fun_evals
     step_size = _vector.where(decision.taken, decision.length, 0)
     return Step(*counts, after.point.f, after.point.grad_norm, step_size, after.ledger.over())
 
 
 def outcome(end: State, box: Box | None = None) -> Outcome:
     """Return where the solve ended."""
-    ledger, point = end.ledger, end.point
+    ledger, point, spent = end.ledger, end.point, end.ledger.spent()
     stats = Stats(
-        num_steps=ledger.num_steps,
-        num_fun_evals=ledger.num_fun_evals,
-        num_hvps=ledger.num_hvps,
+        num_steps=spent.num_steps,
+        num_fun_evals=spent.num_fun_evals,
+        num_hvps=spent.num_hvps,
         grad_norm=point.grad_norm,
         reference_grad_norm=ledger.scale.reference(),
     )
-    reference, curvature = ledger.scale.reference(), ledger.scale.curvature
     found = Outcome(
         x=point.x,
         f=point.f,
         result=ledger.result,
         stats=stats,
-        state=WarmStart(point.x, point.g, end.memory, reference, curvature),
+        state=dataclasses.replace(end, ledger=ledger.handed_over()),
         achieved=ledger.achieved,
         regular=ledger.regular,
     )

@@ -19,8 +19,8 @@ from difflbfgs._checks import (
     check_positive_integer,
     no_type_check,
 )
-from difflbfgs._lbfgs import LBFGS, WarmStart
-from difflbfgs._loop import Search
+from difflbfgs._lbfgs import LBFGS
+from difflbfgs._loop import Search, State
 from difflbfgs._problem import (
     Preconditioner,
     Problem,
@@ -84,10 +84,13 @@ def minimize(
         throw: raise, in the primal and in every derivative, jitted or not, if the solve or its
             adjoint did not converge. If `False`, `result` says what happened and the derivative of
             a failed solve is NaN, or zero where its cotangent is zero.
-        state: `state` of an earlier solution, for a warm start: the solve begins at its minimizer
-            instead of at `x0`, with its memory, and by Newton's method if that is near. On
-            regressions on digits, for steps of 0.1 to 1 % of `theta`, that saved 30 to 50 % of
-            evaluations and Hessian products (`benchmarks/warm_starts.py`).
+        state: `state` of an earlier solution. A solve that `max_steps` or `stop` had ended goes on
+            as if it had not been, if value and gradient at its point are the same bit for bit;
+            that takes one evaluation, and counts begin at zero. Any other is a warm start: the
+            solve begins at the earlier minimizer instead of at `x0`, with its memory, and by
+            Newton's method if that is near. On regressions on digits, for steps of 0.1 to 1 % of
+            `theta`, that saved 30 to 50 % of evaluations and Hessian products
+            (`benchmarks/warm_starts.py`).
         callback: called as `callback(step)` with a `difflbfgs.Step` after every step of `LBFGS`,
             jitted or not, for example `progress_bar()`. What it raises ends the solve.
         stop: a JAX function `stop(step) -> bool` of the same record and of `step.value`, the
@@ -142,7 +145,7 @@ def minimize(
             with short_errors():
                 outcome = _raised(outcome)
     else:
-        _check_state(state, WarmStart)
+        _check_state(state, State)
         task = make_task(
             variables, x, state, theta, solver, adjoint, max_steps, throw, callback, stop
         )
@@ -161,7 +164,7 @@ def check_watchers(callback: Any, stop: Any) -> None:
 def make_task(
     variables: Variables,
     x: Vector,
-    state: WarmStart | None,
+    state: State | None,
     theta: PyTree,
     solver: LBFGS,
     adjoint: AbstractAdjoint,

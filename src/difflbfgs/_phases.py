@@ -7,6 +7,7 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | phase: the trial is | what is found | next |
 |---|---|---|
 | START: the start | not finite | DONE, `nonfinite_start` |
+| | an unfinished solve stood there, value and gradient the same | what follows there |
 | | the gradient is zero, or below `atol` without a polish | DONE, `successful` |
 | | a warm start, and the gradient below the reference | NEWTON |
 | | else | SEARCH, down the gradient |
@@ -171,11 +172,20 @@ class Findings(eqx.Module):
     products: Count
 
 
+class Counts(eqx.Module):
+    """What a solve has cost: see `Stats`."""
+
+    num_steps: Count
+    num_fun_evals: Count
+    num_hvps: Count
+
+
 class Ledger(eqx.Module):
     """What the table remembers.
 
     Attributes:
         phase: of the trial to come.
+        following: of the trial that would come if the solve were not told to end.
         result: how the solve ended.
         scale: the size of things.
         least_f, least_grad_norm: the least so far.
@@ -193,9 +203,11 @@ class Ledger(eqx.Module):
         achieved: the relative error that is left.
         regular: whether a Newton step showed that the minimum is one that can be differentiated.
         num_steps, num_fun_evals, num_hvps: counts.
+        resumed_at: what they were when it was last resumed; `None` in a solve that never is.
     """
 
     phase: Count
+    following: Count
     result: Any
     scale: Scale
     least_f: Scalar
@@ -216,6 +228,7 @@ class Ledger(eqx.Module):
     num_steps: Count
     num_fun_evals: Count
     num_hvps: Count
+    resumed_at: Counts | None = None
 
     def over(self) -> Flag:
         """Return whether the solve has ended."""
@@ -227,14 +240,37 @@ class Ledger(eqx.Module):
         return dataclasses.replace(
             self,
             phase=_vector.where(ends, DONE, self.phase),
+            following=_vector.where(ends, self.phase, self.following),
             result=RESULTS.where(ends, RESULTS.stopped, self.result),
         )
+
+    def is_unfinished(self) -> Flag:
+        """Return whether the solve was told to end, and could go on."""
+        told = (self.result == RESULTS.max_steps_reached) | (self.result == RESULTS.stopped)
+        return self.over() & told
+
+    def counts(self) -> "Counts":
+        """Return the counts of the whole solve."""
+        return Counts(self.num_steps, self.num_fun_evals, self.num_hvps)
+
+    def spent(self) -> "Counts":
+        """Return the counts since it began, or was last resumed."""
+        counts = self.counts()
+        return counts if self.resumed_at is None else _vector.sub(counts, self.resumed_at)
+
+    def resumable(self) -> "Ledger":
+        """Return the ledger of a solve that may be resumed at its start."""
+        return dataclasses.replace(self, resumed_at=Counts(count(0), count(0), count(0)))
+
+    def handed_over(self) -> "Ledger":
+        """Return the ledger as the next solve takes it, whichever this one was."""
+        return dataclasses.replace(self, resumed_at=None)
 
     def exhausted(self, terms: Terms) -> Flag:
         """Return whether no more steps are allowed."""
         if terms.max_steps is None:
             return jnp.asarray(False)
-        return self.num_steps >= terms.max_steps
+        return self.spent().num_steps >= terms.max_steps
 
     def at_noise_level(self, f: Scalar, grad_norm: Scalar) -> Flag:
         """Return whether rounding explains why there is no more progress."""
@@ -276,6 +312,7 @@ def first(zero: Scalar, hand_over: Any, reference: Scalar, curvature: Scalar) ->
     no, none, inf = jnp.asarray(False), count(0), jnp.full_like(zero, jnp.inf)
     return Ledger(
         phase=count(START),
+        following=count(START),
         result=RESULTS.max_steps_reached,
         scale=Scale(reference, curvature, zero, jnp.asarray(True)),
         least_f=inf,
@@ -453,16 +490,18 @@ def decide(
         (lost, RESULTS.line_search_failed),
         (after.exhausted(terms), RESULTS.max_steps_reached),
     )
-    ask = ask & ~done
-    turn = ~done & ~ask & (taken | search.failed | polishing)
-    away = polishing & ~again & ~done
+    # What follows is noted whether or not the solve is over, and XLA would compute all twice.
+    ask, done = jax.lax.optimization_barrier((ask, done))
+    following = _vector.where(ask, count(NEWTON), SEARCH)
+    away = polishing & ~again & ~newton.enough
     moving = taken & searching & (after.stalled == 0)
     energy = ledger.newton.energy
     error = jnp.sqrt(newton.left / _vector.nonzero(energy))
     ratio = grad_norm / _vector.nonzero(after.scale.reference())
     after = dataclasses.replace(
         after,
-        phase=_vector.where(done, DONE, _vector.where(ask, count(NEWTON), SEARCH)),
+        phase=_vector.where(done, DONE, following),
+        following=following,
         result=result,
         asked=_vector.where(stuck, ask, ledger.asked & ~moving),
         ask_at=_vector.where(
@@ -476,7 +515,25 @@ def decide(
     line = _vector.where(
         search.back, _wolfe.settled(line), _wolfe.advance(line, trial, search.judged, finite)
     )
+    ask = ask & ~done
+    turn = ~done & ~ask & (taken | search.failed | polishing)
     return Decision(taken, ask, turn, search.failed, step, seen.trial.t), after, line
+
+
+def resumed(ledger: Ledger) -> tuple[Decision, Ledger]:
+    """Return what comes next in an unfinished solve, and its ledger.
+
+    At `max_steps` the way to the next trial was not looked for; where it was stopped, it was.
+    """
+    waits = ledger.result == RESULTS.max_steps_reached
+    ask, turn = (waits & (ledger.following == phase) for phase in (NEWTON, SEARCH))
+    no, counts = jnp.asarray(False), ledger.counts()
+    decision = Decision(no, ask, turn, ledger.fresh, no, jnp.zeros_like(ledger.least_f))
+    evaluated = counts.num_fun_evals + 1
+    ledger = dataclasses.replace(
+        ledger, phase=ledger.following, num_fun_evals=evaluated, resumed_at=counts
+    )
+    return decision, ledger
 
 
 def _is_near(

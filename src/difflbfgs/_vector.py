@@ -101,6 +101,18 @@ def is_zero(x: Vector) -> Flag:
     return jnp.stack([jnp.all(leaf == 0) for leaf in jax.tree.leaves(x)]).all()
 
 
+def is_equal(x: PyTree, y: PyTree) -> Flag:
+    """Return whether every entry of `x` is equal to that of `y`, NaN to nothing."""
+    same = jax.tree.map(lambda x, y: jnp.all(x == y), x, y)
+    return jnp.stack(jax.tree.leaves(same)).all()
+
+
+def is_alike(x: PyTree, y: PyTree) -> bool:
+    """Return whether `x` and `y` differ in their entries only."""
+    kinds = [jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), z) for z in (x, y)]
+    return kinds[0] == kinds[1]
+
+
 def size(x: Vector) -> int:
     """Return the number of entries of `x`."""
     return sum(leaf.size for leaf in jax.tree.leaves(x))

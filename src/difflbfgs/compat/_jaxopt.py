@@ -22,11 +22,10 @@ import optax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from difflbfgs import _memory, _vector
+from difflbfgs import _loop, _memory, _vector
 from difflbfgs._adjoint import ImplicitAdjoint
 from difflbfgs._checks import check_callable
 from difflbfgs._krylov import SymmetricSolver
-from difflbfgs._lbfgs import WarmStart
 from difflbfgs._memory import Pair
 from difflbfgs._problem import Variables
 from difflbfgs._solution import RESULTS, Outcome
@@ -256,7 +255,7 @@ def to_state(
     )
 
 
-def warm_start(variables: Variables, x: Vector, state: LbfgsState) -> WarmStart:
+def warm_start(variables: Variables, x: Vector, state: LbfgsState) -> _loop.State:
     """Return what a solve takes to go on from `x` with the memory in `state`."""
     rows = eqx.filter_vmap(variables.to_vector)
     S, Y = rows(state.s_history), rows(state.y_history)
@@ -275,7 +274,7 @@ def warm_start(variables: Variables, x: Vector, state: LbfgsState) -> WarmStart:
     )
     curvature = pair.curvature()
     reference = curvature * jnp.minimum(1, _vector.norm(x))
-    return WarmStart(x, g, _memory.moved(memory, x, g, pair), reference, curvature)
+    return _loop.arrived(x, g, _memory.moved(memory, x, g, pair), reference, curvature)
 
 
 def _conjugate(tree):

@@ -28,7 +28,6 @@ from difflbfgs._checks import (
     check_tolerance,
     no_type_check,
 )
-from difflbfgs._lbfgs import WarmStart
 from difflbfgs._minimize import make_task, with_bounds
 from difflbfgs._problem import Problem, Variables, interior, make_problem, make_variables
 from difflbfgs._rule import differentiable
@@ -50,7 +49,7 @@ from difflbfgs.compat._jaxopt import (
 __all__ = ["LBFGS", "LBFGSB", "LbfgsState", "OptStep"]
 
 # What a solve begins with: a vector, a memory, and the objective.
-Entry: TypeAlias = tuple[Vector, WarmStart | None, Problem]
+Entry: TypeAlias = tuple[Vector, _loop.State | None, Problem]
 
 
 @no_type_check
@@ -378,7 +377,7 @@ def _trips(
         return after, _vector.where(decision.step, _vector.where(stays, 0, decision.length), t)
 
     with interior(problem.name), jax.numpy_dtype_promotion("standard"):
-        start = _loop.begin(settings, warm), jnp.ones((), x.dtype)
+        start = _loop.begin(settings, x, warm), jnp.ones((), x.dtype)
         end, t = jax.lax.while_loop(lambda carry: ~carry[0].ledger.over(), advance, start)
     outcome = _loop.outcome(end)
     return outcome, *_value_and_aux(problem, outcome, has_aux), t

@@ -23,7 +23,6 @@ class _State(eqx.Module):
     over for Optimistix, whose `BestSoFarMinimiser` sees what steps are given.
     """
 
-    x0: Vector
     solve: _loop.State
     length: Array
     shown: Bool[Array, ""]
@@ -109,9 +108,9 @@ class LBFGS(optx.AbstractMinimiser):
         problem, _, x = _interior(fn, y, args)
         with jax.numpy_dtype_promotion("standard"):
             settings = self._settings(x)
-            solve, _ = _loop.trip(problem, _loop.begin(settings, None), settings)
+            solve, _ = _loop.trip(problem, _loop.begin(settings, x), settings)
         nothing = jnp.zeros_like(solve.line.t)
-        return _undifferentiable(_State(x, solve, nothing, jnp.asarray(False)))
+        return _undifferentiable(_State(solve, nothing, jnp.asarray(False)))
 
     def step(self, fn, y, args, options, state, tags) -> tuple[PyTree, _State, PyTree]:
         """Take a step from `y`; return the new one, and the auxiliary output at the old one.
@@ -122,9 +121,8 @@ class LBFGS(optx.AbstractMinimiser):
         problem, variables, x = _interior(fn, y, args)
         with jax.numpy_dtype_promotion("standard"):
             moved = ~_equal(y, variables.outside(state.solve.point.x))
-            x0 = _vector.where(moved, x, state.x0)
-            settings = self._settings(x0)
-            afresh = _counted(_loop.begin(settings, None), state.solve)
+            settings = self._settings(x)
+            afresh = _counted(_loop.begin(settings, x), state.solve)
             before = _vector.where(moved, afresh, state.solve)
             shown = before.ledger.over()
             found, decision = _loop.trip(problem, before, settings)
@@ -138,7 +136,7 @@ class LBFGS(optx.AbstractMinimiser):
                 step_size=("Step size", state.length),
             )
         length = jnp.where(decision.taken, decision.length, 0)
-        state = _undifferentiable(_State(x0, after, length, shown))
+        state = _undifferentiable(_State(after, length, shown))
         return variables.outside(after.point.x), state, fn(y, args)[1]
 
     def terminate(self, fn, y, args, options, state, tags) -> tuple[Bool[Array, ""], optx.RESULTS]:
@@ -168,9 +166,9 @@ class LBFGS(optx.AbstractMinimiser):
         }
         return y, aux, stats
 
-    def _settings(self, x0: Vector) -> _loop.Settings:
+    def _settings(self, like: Vector) -> _loop.Settings:
         solver = _lbfgs.LBFGS(self.rtol, self.atol, self.memory_size, self.linesearch, polish=0)
-        return _loop.make_settings(solver, x0, max_steps=None)
+        return _loop.make_settings(solver, like, max_steps=None)
 
 
 def _interior(fn, y, args) -> tuple[Problem, Variables, Vector]:
