@@ -25,6 +25,8 @@ import harness
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LEVELS = (1e-4, 1e-6)
+# A derivative through bounds is wrong beyond this relative error.
+WRONG = 1e-3
 OURS = "difflbfgs"
 PACKAGES = (OURS, "JAXopt", "Optimistix", "SciPy", "unrolled SGD", "unrolled Adam")
 UNROLLED = ("unrolled SGD", "unrolled Adam")
@@ -248,6 +250,31 @@ def forward_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def bounds_table(rows: list[dict]) -> str:
+    """Return two tables: solves of problems with bounds, and derivatives through them."""
+    solvers = ("difflbfgs", "polish=0", "SciPy", "JAXopt")
+    lines = [
+        "| | solved | evaluations over SciPy's | false successes | outside |",
+        "|---" * 5 + "|",
+    ]
+    for name in solvers:
+        own = [r for r in rows if r[name] is not None]
+        both = [r for r in own if r[name]["solved"] and r["SciPy"]["solved"]]
+        ratio = np.median([r[name]["evaluations"] / r["SciPy"]["evaluations"] for r in both])
+        solved, false, outside = (
+            sum(r[name][key] for r in own) for key in ("solved", "false", "outside")
+        )
+        lines.append(f"| {name} | {solved} of {len(own)} | {ratio:.2f} | {false} | {outside} |")
+    known = [r["derivative"] for r in rows if r["derivative"] is not None]
+    lines += ["", "| derivatives | right | refused | silently wrong |", "|---" * 4 + "|"]
+    for name in ("difflbfgs", "JAXopt"):
+        errors = np.array([errors[name] for errors in known if name in errors])
+        refused, wrong = np.isnan(errors).sum(), (errors > WRONG).sum()
+        right = len(errors) - refused - wrong
+        lines.append(f"| {name} | {right} of {len(errors)} | {refused} | {wrong} |")
+    return "\n".join(lines)
+
+
 def assert_hypergradients(rows: list[dict]) -> None:
     """Check what a run must show, whatever the machine."""
     for name, own in by_problem(rows, "float64").items():
@@ -309,6 +336,7 @@ TABLES = {
     "growth": growth_table,
     "compiling": compiling_table,
     "forward": forward_table,
+    "bounds": bounds_table,
 }
 PAGES = (ROOT / "docs" / "benchmarks.md",)
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -265,3 +266,43 @@ def test_theta_may_hold_anything():
 
     gradient = jax.grad(loss)(THETA, jnp.arange(3))
     assert relative_error(gradient, jax.grad(exact_outer)(THETA)) < 1e-9
+
+
+@pytest.mark.parametrize("n", [8, 70])
+def test_many_cotangents_are_solved_together_and_alike(n):
+    """Below and above the dense limit; 70 columns make two blocks and a rest."""
+    A = np.random.default_rng(5).normal(size=(n, n))
+    H = jnp.asarray(A @ A.T / n + np.eye(n))
+
+    def fun(x, theta):
+        return 0.5 * x @ (H @ x) - theta @ x + 0.1 * jnp.sum(jnp.cosh(x))
+
+    def value(theta):
+        return dl.minimize(fun, jnp.zeros(n), theta).value
+
+    thetas = jnp.asarray(np.random.default_rng(6).normal(size=(2, n)))
+    tasks = jax.jit(jax.vmap(jax.jacrev(value)))(thetas)
+    for theta, task in zip(thetas, tasks, strict=True):
+        x, vjp = jax.vjp(value, theta)
+        exact = jnp.linalg.inv(H + 0.1 * jnp.diag(jnp.cosh(x)))
+        jacobian = jax.jit(jax.jacrev(value))(theta)
+        assert relative_error(jacobian, exact) < 1e-9
+        assert relative_error(task, exact) < 1e-9
+        assert relative_error(vjp(jnp.eye(n)[3])[0], exact[3]) < 1e-9
+
+
+def test_one_of_many_cotangents_may_be_zero_or_refused():
+    n = 70
+
+    def fun(x, theta):
+        return 0.5 * jnp.sum(jnp.arange(n) * (x - theta) ** 2)
+
+    def value(theta):
+        return dl.minimize(fun, jnp.ones(n), theta, throw=False).value
+
+    _, vjp = jax.vjp(value, jnp.zeros(n))
+    columns = jnp.eye(n)[jnp.asarray([0, 5, 7])].at[2].set(0.0)
+    refused, right, zero = jax.vmap(lambda v: vjp(v)[0])(columns)
+    assert jnp.all(jnp.isnan(refused) | (refused == 0)) & jnp.any(jnp.isnan(refused))
+    assert relative_error(right, jnp.eye(n)[5]) < 1e-9
+    assert jnp.all(zero == 0)

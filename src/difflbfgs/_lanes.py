@@ -22,11 +22,17 @@ from difflbfgs._vector import Flag
 
 _T = TypeVar("_T")
 
+# So many right-hand sides of one system run together; more would want more memory, and wait longer
+# for the last of them.
+_BLOCK = 32
 
-def lane_by_lane(fun: Callable[..., _T]) -> Callable[..., _T]:
+
+def lane_by_lane(fun: Callable[..., _T], together: bool = False) -> Callable[..., _T]:
     """Return `fun` of any PyTrees, whose lanes under `jax.vmap` run in turn on a CPU.
 
-    It returns arrays. The result cannot be differentiated: to be used inside a custom rule.
+    It returns arrays. The result cannot be differentiated: to be used inside a custom rule. If told
+    so, lanes that differ in the last argument only run `together` there, too: right-hand sides of
+    one system, whose products are one batched product.
     """
 
     def wrapped(*args):
@@ -38,17 +44,26 @@ def lane_by_lane(fun: Callable[..., _T]) -> Callable[..., _T]:
 
         @call.def_vmap
         def in_lanes(axis_size, is_batched, arrays):
-            del axis_size
             batched, shared = eqx.partition(arrays, is_batched[0])
+            one_system = together and not any(jax.tree.leaves(is_batched[0][:-1]))
 
-            def in_turn(batched, shared):
-                # A further `vmap` around meets `call` again.
-                return jax.lax.map(lambda lane: call(eqx.combine(lane, shared)), batched)
+            def in_turn(batched, shared, batch_size=None):
+                # A further `vmap` around, or that of a batch, meets `call` again.
+                def one(lane):
+                    return call(eqx.combine(lane, shared))
+
+                return jax.lax.map(one, batched, batch_size=batch_size)
 
             def at_once(batched, shared):
                 return jax.vmap(lambda lane: fun(*eqx.combine(lane, shared, rest)))(batched)
 
-            found: Any = jax.lax.platform_dependent(batched, shared, cpu=in_turn, default=at_once)
+            def in_blocks(batched, shared):
+                if axis_size > _BLOCK:
+                    return in_turn(batched, shared, _BLOCK)
+                return lane_by_lane(at_once)(batched, shared)
+
+            cpu = in_blocks if one_system else in_turn
+            found: Any = jax.lax.platform_dependent(batched, shared, cpu=cpu, default=at_once)
             return found, jax.tree.map(lambda _: True, found)
 
         return call(arrays)

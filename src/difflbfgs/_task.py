@@ -87,7 +87,8 @@ class Task(eqx.Module):
         """
 
         def solve(_, b):
-            return lane_by_lane(Task._solve_adjoint_alone)(self, problem, outcome, b)
+            alone = lane_by_lane(Task._solve_adjoint_alone, together=True)
+            return alone(self, problem, outcome, b)
 
         matvec = self._hessian(problem, outcome)  # for the derivatives of this solve
         with interior(problem.name):
