@@ -8,14 +8,13 @@ import pytest
 import difflbfgs as dl
 from problems import relative_error
 
-RNG = np.random.default_rng(3)
-
 
 def logistic(n, dtype=jnp.float64):
     """Return a ridge-penalised logistic regression of `n` weights, its outer loss and `theta`."""
-    X = jnp.asarray(RNG.normal(size=(2 * n, n)) / np.sqrt(n), dtype)
-    y = jnp.asarray(RNG.uniform(size=2 * n) < 0.4, dtype)
-    target = jnp.asarray(RNG.normal(size=n), dtype)
+    rng = np.random.default_rng(n)
+    X = jnp.asarray(rng.normal(size=(2 * n, n)) / np.sqrt(n), dtype)
+    y = jnp.asarray(rng.uniform(size=2 * n) < 0.4, dtype)
+    target = jnp.asarray(rng.normal(size=n), dtype)
 
     def inner(w, theta):
         return jnp.sum(jnp.logaddexp(0, X @ w) - y * (X @ w)) + 0.5 * jnp.sum(jnp.exp(theta) * w**2)
@@ -170,11 +169,13 @@ def test_an_absolute_accuracy_where_the_hypergradient_vanishes():
     assert info.error_estimate <= 1e-8 + 1e-2 * abs(grad)
 
 
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("n", [6, 80])
-def test_bounds_hold_and_the_derivative_knows_them(n):
-    A = RNG.normal(size=(n, n)) / np.sqrt(n)
+def test_bounds_hold_and_the_derivative_knows_them(n, seed):
+    rng = np.random.default_rng(seed)
+    A = rng.normal(size=(n, n)) / np.sqrt(n)
     H = jnp.asarray(A @ A.T + np.eye(n))
-    theta = jnp.asarray(RNG.normal(size=n))
+    theta = jnp.asarray(rng.normal(size=n))
 
     def inner(x, t):
         return 0.5 * x @ H @ x - t @ x + 0.1 * jnp.sum(x**4)

@@ -226,7 +226,6 @@ def _refined(
         target = wanted.target(best.gradient)
         num_trips = now.num_trips + 1
         goes_on = progress & (error > target) & (num_trips < _MOST_STEPS)
-        goes_on &= inner.is_inside(found.after.x)
         # The step to come is to leave a third of what is allowed.
         forcing = target / (3 * now.forcing * _vector.nonzero(found.error))
         low = jnp.minimum(found.inner.min_curvature, found.adjoint.min_curvature)

@@ -185,7 +185,7 @@ def estimate(
     contracts = system.length(g_after) <= _CONTRACTION * before + _NOISE * noise
     solved = (of_x.result == RESULTS.successful) & (of_u.result == RESULTS.successful)
     error = _distance(gradient, guess.gradient)
-    known = contracts & solved & jnp.isfinite(error)
+    known = contracts & solved & jnp.isfinite(error) & inner.reaches(x)
     after = Guess(x, g_after, u, gradient)
     return Estimate(jnp.where(known, error, jnp.inf), after, of_x, of_u)
 

@@ -85,9 +85,12 @@ class Face(eqx.Module):
         """Return `v` with zeros at the active variables."""
         return masked(self.active, v)
 
-    def is_inside(self, x: Vector) -> Flag:
-        """Return whether no bound is crossed."""
-        return ~differ(x, self._box().project(x))
+    def reaches(self, x: Vector) -> Flag:
+        """Return whether `x`, a point of the face, is in the box, and the same variables active."""
+        box = self._box()
+        active = box.active(x, self.problem.gradient(self._placed(x)))
+        free = [jax.tree.map(lambda a: a == 0, some) for some in (active, self.active)]
+        return ~differ(x, box.project(x)) & ~differ(*free)
 
     def restricted(self, inverse: Callable[[Vector], Vector]) -> Callable[[Vector], Vector]:
         """Return an approximate inverse of `H`, cut to the face, with `1/κ` beside it."""

@@ -52,8 +52,8 @@ class Problem(eqx.Module):
         """Return the part of `v` that no bound holds: all of it, see `Face`."""
         return v
 
-    def is_inside(self, x: Vector) -> Flag:
-        """Return whether no bound is crossed: never, see `Face`."""
+    def reaches(self, x: Vector) -> Flag:
+        """Return whether no bound is in the way to `x`, and none lets go there: see `Face`."""
         del x
         return jnp.asarray(True)
 
