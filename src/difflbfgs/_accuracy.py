@@ -144,16 +144,11 @@ def _accurate(task, inner, outer, start, wanted) -> Certified:
 
 def _first_state(search: Search, problem: Problem) -> State:
     """Return the state to begin with, in the structure of those that follow."""
-    cold = begin(
-        make_settings(search.solver, search.x0, search.max_steps, problem.box()), search.x0
-    )
-    if search.warm is None:
+    settings = make_settings(search.solver, search.x0, search.max_steps, problem.box())
+    cold, warm = begin(settings, search.x0), search.warm
+    if warm is None:
         return cold
-    return (
-        search.warm
-        if search.warm.search is not None
-        else dataclasses.replace(search.warm, search=cold.search)
-    )
+    return dataclasses.replace(warm, search=cold.search if warm.search is None else warm.search)
 
 
 def _with_counts(best: Certified, *all_of_them: Certified) -> Certified:
