@@ -169,7 +169,8 @@ def test_an_absolute_accuracy_where_the_hypergradient_vanishes():
     assert info.error_estimate <= 1e-8 + 1e-2 * abs(grad)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 5, 6])  # with the last two, a loose solve is on another face
 @pytest.mark.parametrize("n", [6, 80])
 def test_bounds_hold_and_the_derivative_knows_them(n, seed):
     rng = np.random.default_rng(seed)
@@ -196,6 +197,7 @@ def test_bounds_hold_and_the_derivative_knows_them(n, seed):
         assert info.solution.stats.num_active == fine.solution.stats.num_active > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adjoint",
     [

@@ -57,7 +57,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "dtype"), CASES)
+FAST = ("default", 7, jnp.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "dtype"),
+    [case if case == FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_in_chunks_it_is_the_same_solve(name, size, dtype):
     start, settings = START.astype(dtype), SETTINGS[name]
     whole = in_one_piece(start, **settings)
@@ -69,6 +75,7 @@ def test_in_chunks_it_is_the_same_solve(name, size, dtype):
     assert total == work(whole) + chunks - 1  # each chunk evaluates once where it starts
 
 
+@pytest.mark.slow
 def test_the_step_before_is_remembered():
     """Next to a minimizer at the origin its energy is more than that of the point."""
 
@@ -82,6 +89,7 @@ def test_the_step_before_is_remembered():
     assert total == work(whole) + chunks - 1
 
 
+@pytest.mark.slow
 def test_with_an_optax_line_search_it_is_the_same_solve():
     """Its state is handed over, too."""
     solver = dl.LBFGS(linesearch=optax.scale_by_zoom_linesearch(20))
@@ -110,6 +118,7 @@ def test_another_theta_or_a_solve_that_had_ended_is_a_warm_start():
     assert again.state.ledger.num_steps == again.stats.num_steps <= 1
 
 
+@pytest.mark.slow
 def test_other_bounds_are_a_warm_start_from_inside_them():
     part = dl.minimize(valley, START, 100.0, bounds=(-1.1, 0.9), max_steps=7, throw=False)
     whole = dl.minimize(valley, START, 100.0, bounds=(-1.1, 0.5))
@@ -117,6 +126,7 @@ def test_other_bounds_are_a_warm_start_from_inside_them():
     assert jnp.allclose(sol.value, whole.value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_lanes_go_on_each_where_it_was():
     thetas = jnp.array([1.0, 10.0, 100.0])
 
@@ -141,6 +151,7 @@ def test_lanes_go_on_each_where_it_was():
     assert jnp.allclose(found, whole.value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("polish", [0, 1])
 def test_a_stopped_solve_goes_on(polish):
     def solve(limit, state):
@@ -160,6 +171,7 @@ def test_a_stopped_solve_goes_on(polish):
     assert total == work(whole) + parts - 1
 
 
+@pytest.mark.slow
 def test_hypergradients_and_operators_take_the_state():
     step = dl.value_and_hypergrad(lambda x, t: jnp.sum(x**2), valley, max_steps=60, throw=False)
     whole = dl.value_and_hypergrad(lambda x, t: jnp.sum(x**2), valley)(100.0, START)
@@ -172,6 +184,7 @@ def test_hypergradients_and_operators_take_the_state():
         assert jnp.all(jnp.linalg.eigvalsh(dl.inverse_hessian_operator(state).as_matrix()) > 0)
 
 
+@pytest.mark.slow
 def test_a_state_is_a_carry_whatever_made_it():
     """States of solves cold and warm and of known minimizers have one structure, for `scan`."""
 
@@ -186,6 +199,7 @@ def test_a_state_is_a_carry_whatever_made_it():
         assert jnp.allclose(end.x, 1, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_state_may_be_donated():
     """It shares no array with anything that the user holds."""
     start, theta = START + 0.0, jnp.asarray(100.0)
