@@ -199,8 +199,9 @@ def test_zero_modes_do_not_spoil_conjugate_gradients(count, dtype):
     step = jax.jit(dl.value_and_hypergrad(lambda S, h: unit(S)[:, 2].sum(), energy, throw=False))
     _, grad, info = step(field, unit(start))
     assert info.result == dl.RESULTS.successful
-    assert info.adjoint_residual < max(tolerance(dtype, 1e2), 3e-11)
-    assert info.error_estimate < tolerance(dtype, 1e3) * jnp.linalg.norm(grad)
+    small = 1e-9 if dtype == jnp.float64 else 1e-4
+    assert info.adjoint_residual < small
+    assert info.error_estimate < small * jnp.linalg.norm(grad)
     if dtype == jnp.float64:
         h = 1e-4
         to = [step(field + h * jnp.asarray([0, 0, s]), unit(start), info.state)[0] for s in (1, -1)]
