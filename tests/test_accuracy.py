@@ -233,6 +233,21 @@ def test_a_start_far_away_and_a_saddle():
     assert jnp.isnan(grad)
 
 
+@pytest.mark.parametrize("units", [(1e-4, 1.0, 1e3), (1e-4, 1e-6, 1e-7), (1e2, 1e4, 1e5)])
+def test_extreme_curvatures_are_those_of_the_hessian_in_any_units(units):
+    """The factorisation sees scaled variables, where all curvatures are about one."""
+    units = jnp.asarray(units)
+
+    def inner(x, t):
+        return jnp.sum(jnp.cosh(x / units - t))
+
+    step = dl.value_and_hypergrad(lambda x, t: jnp.sum(x / units), inner, accuracy=1e-4)
+    _, _, info = step(0.3, jnp.zeros(3))
+    values = jnp.linalg.eigvalsh(jax.hessian(inner)(info.solution.value, 0.3))
+    np.testing.assert_allclose(info.min_curvature, values[0], rtol=1e-9)
+    np.testing.assert_allclose(info.max_curvature, values[-1], rtol=1e-9)
+
+
 def test_the_value_can_be_differentiated(problem):
     n, inner, outer, theta, truth = problem
     step = dl.value_and_hypergrad(outer, inner, accuracy=1e-6)

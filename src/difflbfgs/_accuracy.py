@@ -23,6 +23,7 @@ from difflbfgs._certificate import (
     ROUGHLY,
     Certified,
     Guess,
+    curvatures,
     estimate,
     extremes,
     further,
@@ -31,10 +32,11 @@ from difflbfgs._certificate import (
     systems,
 )
 from difflbfgs._face import Smooth
-from difflbfgs._linear import Accuracy
+from difflbfgs._linear import Accuracy, Report, System
 from difflbfgs._loop import Point, Search, State, begin, make_settings
+from difflbfgs._loop import outcome as outcome_of
 from difflbfgs._problem import Problem, interior
-from difflbfgs._solution import RESULTS, Outcome, Stats, count, has_converged, raised
+from difflbfgs._solution import RESULTS, Outcome, count, has_converged, raised
 from difflbfgs._task import Task
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 
@@ -82,7 +84,6 @@ class _Attempts(eqx.Module):
     u: Vector
     rtol: Scalar
     over: Flag
-    begun: Flag
 
 
 def accurate(
@@ -106,7 +107,8 @@ def _accurate(task, inner, outer, start, wanted) -> Certified:
     dtype = _vector.dtype(search.x0)
     wanted = Wanted(*(jnp.asarray(part, dtype) for part in (wanted.relative, wanted.absolute)))
     finest = _vector.epsilon(search.x0) ** 0.5
-    state = _first_state(search, inner)
+    box = inner.box()
+    cold = begin(make_settings(search.solver, search.x0, search.max_steps, box), search.x0)
 
     def attempt(state, u, rtol, spent):
         solver = dataclasses.replace(search.solver, rtol=rtol, polish=0)
@@ -117,38 +119,44 @@ def _accurate(task, inner, outer, start, wanted) -> Certified:
     def advance(now: _Attempts) -> _Attempts:
         spent = now.best
         found = attempt(now.state, now.u, now.rtol, spent.outcome.stats)
-        better = ~now.begun | (found.error_estimate < spent.error_estimate)
-        better |= ~jnp.isfinite(spent.error_estimate)
-        stuck = jnp.isfinite(spent.error_estimate)
-        stuck &= ~(found.error_estimate < _PROGRESS * spent.error_estimate)
+        known = jnp.isfinite(spent.error_estimate)
+        better = ~known | (found.error_estimate < spent.error_estimate)
+        stuck = known & ~(found.error_estimate < _PROGRESS * spent.error_estimate)
         over = found.result == RESULTS.successful
         over |= ~has_converged(found.outcome.result) | stuck | (now.rtol <= finest)
         best = _with_counts(_vector.where(better, found, spent), spent, found)
         rtol = jnp.maximum(_NARROWER * now.rtol, finest)
-        after = _Attempts(best, found.outcome.state, found.u, rtol, over, jnp.asarray(True))
+        after = _Attempts(best, found.outcome.state, found.u, rtol, over)
         waits = _lanes.waits(now.over)
         return _vector.where(waits, now, after)
 
+    warm = cold if search.warm is None else search.warm
+    if warm.search is None:  # every state of the loop has the structure of the first
+        warm = dataclasses.replace(warm, search=cold.search)
+    u = _vector.zeros_like(search.x0)
+    nothing = _nothing(outcome_of(cold, box), u, inner.theta)
     rtol = jnp.clip(jnp.asarray(wanted.relative, dtype), _TIGHTEST, _LOOSEST)
-    none = Stats(count(0), count(0), count(0), jnp.zeros_like(rtol), jnp.zeros_like(rtol))
-    u = _vector.zeros_like(search.x0) if start is None else start
-    nothing = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(attempt, state, u, rtol, none),
-    )
-    nothing = dataclasses.replace(nothing, error_estimate=jnp.full_like(rtol, jnp.inf))
-    first = _Attempts(nothing, state, u, rtol, jnp.asarray(False), jnp.asarray(False))
+    first = _Attempts(nothing, warm, u if start is None else start, rtol, jnp.asarray(False))
     end: Any = jax.lax.while_loop(lambda now: _lanes.anywhere(~now.over), advance, first)
     return end.best
 
 
-def _first_state(search: Search, problem: Problem) -> State:
-    """Return the state to begin with, in the structure of those that follow."""
-    settings = make_settings(search.solver, search.x0, search.max_steps, problem.box())
-    cold, warm = begin(settings, search.x0), search.warm
-    if warm is None:
-        return cold
-    return dataclasses.replace(warm, search=cold.search if warm.search is None else warm.search)
+def _nothing(outcome: Outcome, u: Vector, theta: list[Array]) -> Certified:
+    """Return what is known before the first attempt: that the error is infinite."""
+    zero = jnp.zeros((), _vector.dtype(u))
+    return Certified(
+        outcome=outcome,
+        value=zero,
+        gradient=_vector.zeros_like(theta),
+        u=u,
+        result=RESULTS.accuracy_not_reached,
+        num_adjoint_steps=count(0),
+        num_estimate_steps=count(0),
+        adjoint_residual=zero,
+        error_estimate=zero + jnp.inf,
+        min_curvature=zero,
+        max_curvature=zero,
+    )
 
 
 def _with_counts(best: Certified, *all_of_them: Certified) -> Certified:
@@ -182,7 +190,7 @@ def _attempt(
         u, report = task.solve_system(own, outcome, v, u)
     trusted = task.trusts(outcome) & (report.result == RESULTS.successful)
     guess, _ = guessed(task, inner, outer, outcome, u)
-    refined = _refined(inner, outer, guess, exact, wanted, trusted)
+    refined = _refined(inner, outer, guess, exact, wanted, trusted, report)
     best, error = refined.best, jnp.where(trusted, refined.error, jnp.inf)
     reached = error <= wanted.target(best.gradient)
     result = RESULTS.where(reached, RESULTS.successful, RESULTS.accuracy_not_reached)
@@ -190,7 +198,7 @@ def _attempt(
     result = RESULTS.where(has_converged(outcome.result), result, outcome.result)
     value, v = outer.value_and_gradient(best.x)
     residual = exact.length(_vector.sub(v, inner.product(best.x, best.u)))
-    low, high = extremes(exact, report)
+    low, high = extremes(exact, refined.low, refined.high)
     return Certified(
         outcome=_moved(outcome, problem, best.x, refined.num_trips),
         value=value,
@@ -201,13 +209,19 @@ def _attempt(
         num_estimate_steps=further(own, exact, refined.num_steps),
         adjoint_residual=residual / _vector.nonzero(exact.length(v)),
         error_estimate=error,
-        min_curvature=jnp.minimum(low, refined.low),
-        max_curvature=jnp.maximum(high, refined.high),
+        min_curvature=low,
+        max_curvature=high,
     )
 
 
 def _refined(
-    inner: Smooth, outer: Problem, guess: Guess, system, wanted: Wanted, trusted: Flag
+    inner: Smooth,
+    outer: Problem,
+    guess: Guess,
+    system: System,
+    wanted: Wanted,
+    trusted: Flag,
+    adjoint: Report,
 ) -> _Refined:
     """Estimate the error of the guess, and of those to which the Newton steps lead."""
     noise = rounding(inner, guess.x, system)
@@ -223,8 +237,7 @@ def _refined(
         goes_on = progress & (error > target) & (num_trips < _MOST_STEPS)
         # The step to come is to leave a third of what is allowed.
         forcing = target / (3 * now.forcing * _vector.nonzero(found.error))
-        low = jnp.minimum(found.inner.min_curvature, found.adjoint.min_curvature)
-        high = jnp.maximum(found.inner.max_curvature, found.adjoint.max_curvature)
+        low, high = curvatures(found.inner, found.adjoint)
         after = _Refined(
             best=best,
             error=error,
@@ -239,6 +252,7 @@ def _refined(
         return _vector.where(_lanes.waits(~now.goes_on), now, after)
 
     zero = jnp.zeros_like(noise)
+    low, high = curvatures(adjoint)
     first = _Refined(
         best=guess,
         error=zero + jnp.inf,
@@ -246,8 +260,8 @@ def _refined(
         forcing=zero + ROUGHLY,
         num_steps=count(0),
         num_trips=count(0),
-        low=zero + jnp.inf,
-        high=zero,
+        low=low,
+        high=high,
         goes_on=trusted,
     )
     end: Any = jax.lax.while_loop(lambda now: _lanes.anywhere(now.goes_on), advance, first)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from difflbfgs import _box, _vector
+from difflbfgs import _vector
 from difflbfgs._face import Smooth
 from difflbfgs._krylov import ConjugateGradient
 from difflbfgs._linear import Accuracy, Dense, Report, System
@@ -101,7 +101,7 @@ def _certified(task, inner, outer, start):
     found = estimate(inner, outer, guess, exact, noise, ROUGHLY)
     certified = (report.result != RESULTS.successful) | jnp.isfinite(found.error)
     result = RESULTS.where(certified, report.result, RESULTS.uncertified)
-    low, high = extremes(exact, report, found.adjoint, found.inner)
+    low, high = extremes(exact, *curvatures(report, found.adjoint, found.inner))
     return Certified(
         outcome=outcome,
         value=value,
@@ -141,11 +141,9 @@ def guessed(
 ) -> tuple[Guess, Vector]:
     """Return what a solve and its adjoint found, and the residual of the adjoint."""
     x, g = outcome.x, outcome.state.g
-    if outcome.active is not None:
-        g = _box.masked(outcome.active, g)
-    _, left, gradient = _derivatives(inner, outer, x, u)
-    residual = _vector.add_scaled(left, -task.adjoint.ridge, inner.free(u))
-    return Guess(x, g, u, gradient), residual
+    _, bent, v, gradient = _derivatives(inner, outer, x, u)
+    residual = _vector.add_scaled(_vector.sub(v, bent), -task.adjoint.ridge, inner.free(u))
+    return Guess(x, inner.free(g), u, gradient), residual
 
 
 def lagrangian(inner: Smooth, outer: Problem, x: Vector, u: Vector) -> Scalar:
@@ -154,16 +152,16 @@ def lagrangian(inner: Smooth, outer: Problem, x: Vector, u: Vector) -> Scalar:
 
 
 def _derivatives(inner, outer, x, u):
-    """Return `∇f(x)`, `∇F(x) - H u` and `∂L/∂θ` at `(x, u)`."""
+    """Return `∇f(x)`, `H u`, `∇F(x)` and `∂L/∂θ` at `(x, u)`."""
 
     def gradients(problem, x):
         with differentiation(problem.name):
             return jax.grad(lambda x, theta: problem.at(theta).value(x), (0, 1))(x, inner.theta)
 
     # Forward mode goes over reverse mode: under a `custom_vjp` in `f` the other way is barred.
-    (g, _), along_u = jax.jvp(lambda x: gradients(inner, x), (x,), (u,))
-    left, by_theta = jax.tree.map(jnp.subtract, gradients(outer, x), along_u)
-    return g, left, by_theta
+    (g, _), (bent, by_inner) = jax.jvp(lambda x: gradients(inner, x), (x,), (u,))
+    v, by_outer = gradients(outer, x)
+    return g, bent, v, jax.tree.map(jnp.subtract, by_outer, by_inner)
 
 
 def estimate(
@@ -177,11 +175,11 @@ def estimate(
     before = system.length(g)
     e, of_x = system.solve(g, _up_to(wanted, before, noise))
     x = _vector.sub(guess.x, inner.free(e))
-    g_after, left, _ = _derivatives(inner, outer, x, guess.u)
-    bent = _vector.epsilon(x) * system.length(system.operator.mv(guess.u))
-    du, of_u = system.solve(left, _up_to(wanted, system.length(left), bent))
+    g_after, bent, v, _ = _derivatives(inner, outer, x, guess.u)
+    left, rounded = _vector.sub(v, bent), _vector.epsilon(x) * system.length(bent)
+    du, of_u = system.solve(left, _up_to(wanted, system.length(left), rounded))
     u = _vector.add_scaled(guess.u, 1, du)
-    _, _, gradient = _derivatives(inner, outer, x, u)
+    *_, gradient = _derivatives(inner, outer, x, u)
     contracts = system.length(g_after) <= _CONTRACTION * before + _NOISE * noise
     solved = (of_x.result == RESULTS.successful) & (of_u.result == RESULTS.successful)
     error = _distance(gradient, guess.gradient)
@@ -236,13 +234,18 @@ def _distance(after: list[Array], before: list[Array]) -> Scalar:
     return _vector.norm(jax.tree.map(distances, after, before))
 
 
-def extremes(system: System, *reports: Report) -> tuple[Scalar, Scalar]:
-    """Return the extreme eigenvalues of `H`, or estimates from inside by what was seen of it."""
+def curvatures(*reports: Report) -> tuple[Scalar, Scalar]:
+    """Return the least and the largest curvature that were seen."""
+    low = jnp.stack([report.min_curvature for report in reports]).min()
+    return low, jnp.stack([report.max_curvature for report in reports]).max()
+
+
+def extremes(system: System, low: Scalar, high: Scalar) -> tuple[Scalar, Scalar]:
+    """Return the extreme eigenvalues of `H`, or as estimates from inside what was seen of it."""
     if isinstance(system.solver, Dense):
         values = jnp.linalg.eigvalsh(system.solver.matrix(system.state))
         return jnp.min(values), jnp.max(jnp.abs(values))
-    low = jnp.stack([report.min_curvature for report in reports]).min()
-    return low, jnp.stack([report.max_curvature for report in reports]).max()
+    return low, high
 
 
 def _is_nothing(ridge: Any) -> bool:

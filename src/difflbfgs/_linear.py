@@ -315,11 +315,15 @@ class System(eqx.Module):
         u, report = self._refined(unit, u, r, (low, high), accuracy, indefinite)
         return _vector.scale(length, u), report
 
+    def _in_scaled_variables(self) -> bool:
+        """Return whether the solver is given `S H S`, as in `of`."""
+        return isinstance(self.solver, ConjugateGradient) and not self.options
+
     def _curvatures(self, u, hu):
         """Return what a guess says of the curvature, as it may need no solve that does."""
         if isinstance(self.solver, Dense):
             return self.solver.extremes(self.state)
-        if isinstance(self.solver, ConjugateGradient) and not self.options:  # as in `of`
+        if self._in_scaled_variables():
             u = jax.tree.map(jnp.divide, u, self.scale)
             hu = _vector.mul(self.scale, hu)
         along = _rayleigh(u, hu)
@@ -367,7 +371,7 @@ class System(eqx.Module):
     def _solution(self, v, rtol):
         """Return what the solver makes of `H u = v`, and what it says of it."""
         solver = self.solver
-        inner = isinstance(solver, ConjugateGradient) and not self.options  # as in `of`
+        inner = self._in_scaled_variables()
         if isinstance(solver, ConjugateGradient):
             solver = ConjugateGradient(rtol, solver.max_steps)
         b = _vector.mul(self.scale, v) if inner else v
