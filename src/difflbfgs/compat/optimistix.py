@@ -1,4 +1,4 @@
-"""L-BFGS for `optimistix.minimise`: one trip of its loop is one step of ours."""
+"""L-BFGS for `optimistix.minimise`: a step of its loop is one of ours."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +55,10 @@ class LBFGS(optx.AbstractMinimiser):
     failed under `throw=False` is not NaN, as that of `difflbfgs.minimize` is. Optax's line searches
     are loops of unknown length, so `RecursiveCheckpointAdjoint` raises.
 
-    A step costs what one of `difflbfgs.LBFGS` does; with `has_aux` also an evaluation of `fn`.
+    A step costs what one of `difflbfgs.LBFGS` does, mostly one evaluation; with `has_aux` also an
+    evaluation of `fn`. One more step, without an evaluation, shows Optimistix the last point. Under
+    `vmap` all lanes wait for the longest line search of every step, which `difflbfgs.minimize`
+    spares them.
 
     Args:
         rtol: relative tolerance on the gradient norm. `None`: square root of machine epsilon.
@@ -125,8 +128,7 @@ class LBFGS(optx.AbstractMinimiser):
             afresh = _counted(_loop.begin(settings, x), state.solve)
             before = _vector.where(moved, afresh, state.solve)
             shown = before.ledger.over()
-            found, decision = _loop.trip(problem, before, settings)
-            after = _vector.where(shown, before, found)
+            after, length = _step(problem, before, settings)
         verbose = _print if self.verbose is True else self.verbose
         if verbose:
             verbose(
@@ -135,7 +137,6 @@ class LBFGS(optx.AbstractMinimiser):
                 grad_norm=("Gradient norm", before.point.grad_norm),
                 step_size=("Step size", state.length),
             )
-        length = jnp.where(decision.taken, decision.length, 0)
         state = _undifferentiable(_State(after, length, shown))
         return variables.outside(after.point.x), state, fn(y, args)[1]
 
@@ -169,6 +170,24 @@ class LBFGS(optx.AbstractMinimiser):
     def _settings(self, like: Vector) -> _loop.Settings:
         solver = _lbfgs.LBFGS(self.rtol, self.atol, self.memory_size, self.linesearch, polish=0)
         return _loop.make_settings(solver, like, max_steps=None)
+
+
+def _step(
+    problem: Problem, now: _loop.State, settings: _loop.Settings
+) -> tuple[_loop.State, Array]:
+    """Go on until a step is taken or the solve is over; return its length, too."""
+
+    def searching(carry):
+        solve, _, stepped = carry
+        return ~(stepped | solve.ledger.over())
+
+    def trip(carry):
+        solve, decision = _loop.trip(problem, carry[0], settings)
+        return solve, jnp.where(decision.taken, decision.length, 0), decision.step
+
+    start = now, jnp.zeros_like(now.slope), jnp.asarray(False)
+    solve, length, _ = jax.lax.while_loop(searching, trip, start)
+    return solve, length
 
 
 def _interior(fn, y, args) -> tuple[Problem, Variables, Vector]:
