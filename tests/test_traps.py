@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import difflbfgs as dl
+from difflbfgs import _lanes
 from problems import THETA, quadratic, relative_error, ridge, tolerance
 
 COMPILED = []
@@ -199,9 +200,7 @@ def test_a_lane_costs_under_vmap_what_it_costs_alone():
 def batching(request, monkeypatch):
     """Run the test with the lanes in turn, as on a CPU, and at once, as on an accelerator."""
     if request.param == "at once":
-        monkeypatch.setattr(
-            jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
-        )
+        monkeypatch.setattr(_lanes, "by_platform", lambda *args, cpu, default: default(*args))
     return request.param
 
 

@@ -34,13 +34,14 @@ def lane_by_lane(fun: Callable[..., _T], together: bool = False) -> Callable[...
     so, lanes that differ in the last argument only run `together` there, too: right-hand sides of
     one system, whose products are one batched product.
     """
+    traced = eqx.filter_jit(fun)
 
     def wrapped(*args):
         arrays, rest = eqx.partition(args, eqx.is_array)
 
         @jax.custom_batching.custom_vmap
         def call(arrays):
-            return fun(*eqx.combine(arrays, rest))
+            return traced(*eqx.combine(arrays, rest))
 
         @call.def_vmap
         def in_lanes(axis_size, is_batched, arrays):
@@ -55,7 +56,7 @@ def lane_by_lane(fun: Callable[..., _T], together: bool = False) -> Callable[...
                 return jax.lax.map(one, batched, batch_size=batch_size)
 
             def at_once(batched, shared):
-                return jax.vmap(lambda lane: fun(*eqx.combine(lane, shared, rest)))(batched)
+                return jax.vmap(lambda lane: traced(*eqx.combine(lane, shared, rest)))(batched)
 
             def in_blocks(batched, shared):
                 if axis_size > _BLOCK:
@@ -63,12 +64,19 @@ def lane_by_lane(fun: Callable[..., _T], together: bool = False) -> Callable[...
                 return lane_by_lane(at_once)(batched, shared)
 
             cpu = in_blocks if one_system else in_turn
-            found: Any = jax.lax.platform_dependent(batched, shared, cpu=cpu, default=at_once)
+            found: Any = by_platform(batched, shared, cpu=cpu, default=at_once)
             return found, jax.tree.map(lambda _: True, found)
 
         return call(arrays)
 
     return wrapped
+
+
+def by_platform(*args, cpu: Callable[..., _T], default: Callable[..., _T]) -> _T:
+    """Call `cpu` on a CPU, and `default` elsewhere; what no device here can run is not traced."""
+    if all(device.platform == "cpu" for device in jax.devices()):
+        return cpu(*args)
+    return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
 
 
 @jax.custom_batching.custom_vmap
