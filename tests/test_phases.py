@@ -24,11 +24,16 @@ def terms(rtol=1e-6, atol=0.0, noise=0.0, polish=1, max_steps=100):
 TERMS = terms()
 
 
-def findings(solved=True, residual=0.0, energy=1.0):
-    solved = jnp.asarray(solved)
-    size = number(energy)
+def findings(solved=True, residual=0.0, energy=1.0, falls=False):
     return Findings(
-        solved, jnp.asarray(False), solved, number(residual), size, size, jnp.asarray(3)
+        valid=jnp.asarray(solved),
+        negative=jnp.asarray(falls),
+        falls=jnp.asarray(falls),
+        solved=jnp.asarray(solved),
+        residual=number(residual),
+        energy=number(energy),
+        size=number(energy),
+        products=jnp.asarray(3),
     )
 
 
@@ -264,6 +269,20 @@ def test_newton_asked_as_the_last_resort():
     _, now, _ = after(stuck, seen(f=3.0, slope=1.0), slope=-1e-4)
     assert (now.phase, now.result == dl.RESULTS.line_search_failed) == (DONE, True)
     assert after(ledger(NEWTON), seen(f=3.0, slope=1.0), slope=-1e-4)[1].phase == SEARCH
+
+
+@pytest.mark.parametrize("falls", [False, True])
+def test_stuck_at_rounding_and_yet_a_variable_has_a_slope_and_no_curvature(falls):
+    found = findings(solved=False, falls=falls)
+    small = ledger(NEWTON, asked=True, least_grad_norm=1e-17)
+    lost = _phases.answered(small, jnp.asarray(True), found, number(1e-17), terms())
+    still = dataclasses.replace(ledger(SEARCH, asked=True, fresh=True), newton=found)
+    stuck = out_of_trials(slope=-1e-34)
+    trial = seen(f=3.0, slope=1.0, grad_norm=1e-17)
+    _, then, _ = after(still, trial, slope=-1e-34, grad_norm=1e-17, line=stuck)
+    for now in (lost, then):
+        wanted = dl.RESULTS.no_minimizer if falls else dl.RESULTS.precision_limit
+        assert (now.phase, now.result == wanted) == (DONE, True)
 
 
 def test_newton_below_atol_is_the_end_whatever_the_step_shows():

@@ -11,6 +11,7 @@ Applied Mathematics, 2023.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -25,16 +26,17 @@ from difflbfgs._certificate import (
     Guess,
     curvatures,
     estimate,
-    extremes,
     further,
     guessed,
     rounding,
+    spectrum,
     systems,
 )
 from difflbfgs._face import Smooth
-from difflbfgs._linear import Accuracy, Report, System
+from difflbfgs._linear import Accuracy, Dense, Report, System
 from difflbfgs._loop import Point, Search, State, begin, make_settings
 from difflbfgs._loop import outcome as outcome_of
+from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem, interior
 from difflbfgs._solution import RESULTS, Outcome, count, has_converged, raised
 from difflbfgs._task import Task
@@ -198,7 +200,9 @@ def _attempt(
     result = RESULTS.where(has_converged(outcome.result), result, outcome.result)
     value, v = outer.value_and_gradient(best.x)
     residual = exact.length(_vector.sub(v, inner.product(best.x, best.u)))
-    low, high = extremes(exact, refined.low, refined.high)
+    low, high = refined.low, refined.high
+    if isinstance(exact.solver, Dense):  # assembled where the search ended, and not at `best.x`
+        low, high = spectrum(SymmetricOperator.of(partial(inner.product, best.x), u).as_matrix())
     return Certified(
         outcome=_moved(outcome, problem, best.x, refined.num_trips),
         value=value,

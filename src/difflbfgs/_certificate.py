@@ -11,7 +11,8 @@ so that the change of the third,
 
     ‖∂L/∂θ(x₊, u₊) - ∂L/∂θ(x, u)‖,
 
-is the error of the hypergradient at `(x, u)` but for a term of second order.
+is the error of the hypergradient at `(x, u)` but for a term of second order, which is estimated by
+what the step leaves of `∇ₓf`.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from difflbfgs import _vector
 from difflbfgs._face import Smooth
@@ -34,8 +35,10 @@ from difflbfgs._vector import Count, Scalar, Vector
 
 # How well the two systems of the estimate are solved: it is to be right within a factor, not exact.
 ROUGHLY = 0.1
-# The Newton step must shrink the gradient by this factor, or reach this many times its noise.
-_CONTRACTION = 0.5
+# The Newton step must shrink the gradient by this factor, or reach this many times its noise. On
+# the tail of an exponential it would by e, and above a degenerate minimum, |x|³ or flatter, by 4
+# to e.
+_CONTRACTION = 0.2
 _NOISE = 4.0
 
 
@@ -175,17 +178,21 @@ def estimate(
     before = system.length(g)
     e, of_x = system.solve(g, _up_to(wanted, before, noise))
     x = _vector.sub(guess.x, inner.free(e))
-    g_after, bent, v, _ = _derivatives(inner, outer, x, guess.u)
+    g_after, bent, v, halfway = _derivatives(inner, outer, x, guess.u)
     left, rounded = _vector.sub(v, bent), _vector.epsilon(x) * system.length(bent)
     du, of_u = system.solve(left, _up_to(wanted, system.length(left), rounded))
     u = _vector.add_scaled(guess.u, 1, du)
     *_, gradient = _derivatives(inner, outer, x, u)
-    contracts = system.length(g_after) <= _CONTRACTION * before + _NOISE * noise
+    after = system.length(g_after)
+    contracts = after <= _CONTRACTION * before + _NOISE * noise
     solved = (of_x.result == RESULTS.successful) & (of_u.result == RESULTS.successful)
-    error = _distance(gradient, guess.gradient)
+    # What x and u do to the hypergradient may cancel, and the second order does not: it is the part
+    # of either that the step leaves of the gradient, beyond what its system and rounding do.
+    curved = jnp.maximum(after - of_x.residual * before - _NOISE * noise, 0)
+    parts = _distance(halfway, guess.gradient) + _distance(gradient, halfway)
+    error = _distance(gradient, guess.gradient) + curved / _vector.nonzero(before) * parts
     known = contracts & solved & jnp.isfinite(error) & inner.reaches(x)
-    after = Guess(x, g_after, u, gradient)
-    return Estimate(jnp.where(known, error, jnp.inf), after, of_x, of_u)
+    return Estimate(jnp.where(known, error, jnp.inf), Guess(x, g_after, u, gradient), of_x, of_u)
 
 
 def _up_to(wanted: Any, length: Scalar, noise: Scalar) -> Accuracy:
@@ -243,9 +250,14 @@ def curvatures(*reports: Report) -> tuple[Scalar, Scalar]:
 def extremes(system: System, low: Scalar, high: Scalar) -> tuple[Scalar, Scalar]:
     """Return the extreme eigenvalues of `H`, or as estimates from inside what was seen of it."""
     if isinstance(system.solver, Dense):
-        values = jnp.linalg.eigvalsh(system.solver.matrix(system.state))
-        return jnp.min(values), jnp.max(jnp.abs(values))
+        return spectrum(system.solver.matrix(system.state))
     return low, high
+
+
+def spectrum(matrix: Float[Array, "n n"]) -> tuple[Scalar, Scalar]:
+    """Return the least eigenvalue of a symmetric matrix, and the one of largest size."""
+    values = jnp.linalg.eigvalsh(matrix)
+    return jnp.min(values), jnp.max(jnp.abs(values))
 
 
 def _is_nothing(ridge: Any) -> bool:

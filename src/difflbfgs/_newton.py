@@ -18,6 +18,7 @@ from difflbfgs import _lanes, _vector
 from difflbfgs._krylov import slack, zero_curvature
 from difflbfgs._linear import diagonal_scales, equilibrate
 from difflbfgs._phases import Findings
+from difflbfgs._scale import rounding
 from difflbfgs._solution import count
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 
@@ -49,9 +50,10 @@ def newton_step(
     small = _vector.size(x) <= _ASSEMBLED
     forgiven = slack(x, jnp.sqrt(_vector.dot(g, g)))
     if small:
-        hvp, diagonal, energies = _assembled(hvp, x, s)
+        hvp, diagonal, falls, energies = _assembled(hvp, x, s, g)
         scale, spent = diagonal_scales(diagonal, forgiven), count(_vector.size(x))
     else:
+        falls = jnp.asarray(False)
         seen = equilibrate(hvp, x, x, s)
         scale, energies, spent = seen.scale, seen.energies, seen.products
     energy, size = jnp.maximum(jnp.max(energies), 0), jnp.maximum(energies[0], 0)
@@ -103,23 +105,35 @@ def newton_step(
     d = _vector.scale(-1, _vector.mul(scale, u))
     slope = _vector.dot(g, d)
     solved = (square <= _RESIDUAL * first) & ((test <= forcing) | ended | (square == 0))
-    negative = low < -zero_curvature(high, 0.0)
+    solved &= jnp.isfinite(energy)
+    negative = (low < -zero_curvature(high, 0.0)) | falls
     # Beside a minimum with a symmetry there is a little, and the step leads there all the same.
-    explained = solved & (low >= -forgiven)
+    explained = solved & (low >= -forgiven) & ~falls
     valid = (~negative | explained) & (slope < 0)
     valid &= jnp.isfinite(slope) & jnp.isfinite(_vector.norm(d))
     residual = jnp.where(square == 0, 0, test)
     products = spent if small else spent + steps
-    return d, slope, Findings(valid, negative, solved, residual, energy, size, products)
+    return d, slope, Findings(valid, negative, falls, solved, residual, energy, size, products)
 
 
-def _assembled(hvp, x: Vector, s: Vector) -> tuple[Callable, Vector, Float[Array, " 2"]]:
-    """Return the product of the assembled Hessian, its diagonal, and `xᵀHx` and `sᵀHs`."""
+def _assembled(
+    hvp, x: Vector, s: Vector, g: Vector
+) -> tuple[Callable, Vector, Flag, Float[Array, " 2"]]:
+    """Return the product of the assembled Hessian, its diagonal, and `xᵀHx` and `sᵀHs`.
+
+    Third, whether there is no curvature along an axis, and a gradient that is more than rounding of
+    `Σⱼ |Hᵢⱼ xⱼ|`: then the objective falls there, if by less than all the rest of it shows.
+    """
     flat, unravel = ravel_pytree(x)
     H = jax.lax.map(
         lambda row: ravel_pytree(hvp(unravel(row)))[0], jnp.eye(flat.size, dtype=flat.dtype)
     )
-    diagonal = unravel(jnp.diagonal(H))
-    step = ravel_pytree(s)[0]
+    diagonal = jnp.diagonal(H)
+    slopes, step = jnp.abs(ravel_pytree(g)[0]), ravel_pytree(s)[0]
+    falls = jnp.any((diagonal <= 0) & (slopes > rounding(jnp.abs(H) @ jnp.abs(flat))))
     energies = jnp.stack([flat @ H @ flat, step @ H @ step])
-    return lambda p: unravel(jnp.sum(H * ravel_pytree(p)[0], axis=1)), diagonal, energies
+
+    def product(p):
+        return unravel(jnp.sum(H * ravel_pytree(p)[0], axis=1))
+
+    return product, unravel(diagonal), falls, energies

@@ -27,7 +27,9 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | | the same with `rtol=0`, and `f` is seen to fall by it | SEARCH |
 | | does not; stuck | DONE, `line_search_failed` |
 | | does not, or there is no such step | SEARCH, to a smaller gradient before the next |
-| any | five searches in a row met no bottom | DONE, `unbounded` |
+| any | stuck again, at rounding | DONE, `precision_limit` |
+| | the same, with a slope along a variable that has no curvature | DONE, `no_minimizer` |
+| | five searches in a row met no bottom | DONE, `unbounded` |
 | | `max_steps` | DONE, `max_steps_reached` |
 
 A step *contracts* if `|∇f(x+d)ᵀd| <= 0.1 λ²` and the objective falls by `λ²/4` or more, or by
@@ -53,6 +55,8 @@ START, SEARCH, NEWTON, DONE = range(4)
 
 # A Newton step contracts if the slope at its end is this part of that at its beginning.
 CONTRACTION = 0.1
+# The same of the norm of the gradient, of which inexact systems leave some.
+_WHOLE = 0.25
 # The part of the reference at which the search hands over to Newton's method, at first. Where a
 # step does not contract, the gradient has to be this much smaller before the next.
 HAND_OVER = 1e-3
@@ -67,6 +71,11 @@ _STALLED = 12
 _LONG = 64
 _RUNAWAY = 5
 _RUNAWAY_STEP = 1e3
+# A step of L-BFGS meets a bottom if the slope at its end is this part of that at its beginning; on
+# the tail of an exponential it is half. The curvature that is remembered counts up to so many times
+# the one that it meets.
+_BOTTOM = 0.25
+_REMEMBERED = 16.0
 # Trials after which a search within the noise of the objective is content with what it has.
 _FEW = 5
 
@@ -156,6 +165,7 @@ class Findings(eqx.Module):
         valid: `d` is a descent direction, and the Hessian positive definite as far as was seen, or
             its negative curvature no more than the gradient explains.
         negative: negative curvature was seen.
+        falls: there is a slope along a variable, and no curvature.
         solved: its equations were solved as well as was asked.
         residual: the part of `λ²` that was left of them.
         energy: `xᵀHx`, or `sᵀHs` of the step to `x` if that is larger.
@@ -165,6 +175,7 @@ class Findings(eqx.Module):
 
     valid: Flag
     negative: Flag
+    falls: Flag
     solved: Flag
     residual: Scalar
     energy: Scalar
@@ -190,6 +201,8 @@ class Ledger(eqx.Module):
         scale: the size of things.
         least_f, least_grad_norm: the least so far.
         stalled, runaway: steps without progress, and without a bottom.
+        settled: the last step met the curvature that is remembered, or a bottom along it: on the
+            tail of a cliff neither is so, and the gradient is small beside what it was.
         fresh: nothing was taken since the memory was last emptied.
         asked: Newton's method was asked since the solve got stuck.
         hand_over: the part of the reference at which it is asked.
@@ -214,6 +227,7 @@ class Ledger(eqx.Module):
     least_grad_norm: Scalar
     stalled: Count
     runaway: Count
+    settled: Flag
     fresh: Flag
     asked: Flag
     hand_over: Scalar
@@ -319,6 +333,7 @@ def first(zero: Scalar, hand_over: Any, reference: Scalar, curvature: Scalar) ->
         least_grad_norm=inf,
         stalled=none,
         runaway=none,
+        settled=no,
         fresh=jnp.asarray(True),
         asked=no,
         hand_over=zero + hand_over,
@@ -326,7 +341,7 @@ def first(zero: Scalar, hand_over: Any, reference: Scalar, curvature: Scalar) ->
         steps_energy=zero,
         least_energy=zero,
         predicted=inf,
-        newton=Findings(no, no, no, zero, zero, zero, none),
+        newton=Findings(no, no, no, no, zero, zero, zero, none),
         polished=none,
         achieved=inf,
         regular=jnp.asarray(True),
@@ -417,10 +432,12 @@ class _Polished(eqx.Module):
         left = decrement * _vector.where(kept & contracts, ratio, 1)
         solved = polishing & ledger.newton.solved & ~ledger.newton.negative
         small = terms.rtol**2 * energy
+        # Along the step all may be well and across it not: the whole gradient falls, or one more.
+        whole = (seen.grad_norm <= _WHOLE * here.grad_norm) | hidden
         # After a step that contracted, the decrement is what that one left.
         seen_before = (ledger.polished > 0) | tiny
         enough = solved & _vector.where(
-            contracts, left <= small, seen_before & (decrement <= small)
+            contracts, whole & (left <= small), seen_before & (decrement <= small)
         )
         waited = ledger.asked | (ledger.num_steps >= _LONG)
         flat = tiny | (decrement <= rounds) | (waited & hidden)
@@ -486,6 +503,7 @@ def decide(
         (after.runaway >= _RUNAWAY, RESULTS.unbounded),
         (newton.limit & degenerate, RESULTS.precision_limit),
         (newton.limit, RESULTS.no_minimizer),
+        (lost & hopeless & ledger.newton.falls, RESULTS.no_minimizer),
         (lost & hopeless, RESULTS.precision_limit),
         (lost, RESULTS.line_search_failed),
         (after.exhausted(terms), RESULTS.max_steps_reached),
@@ -572,6 +590,8 @@ def _after(
     progress = (trial.f < ledger.least_f - noise) | (seen.grad_norm < 0.5 * ledger.least_grad_norm)
     stalled = _vector.where(progress | polishing, 0, ledger.stalled + 1)
     steep = seen.curved <= -0.1 * seen.promise(here.slope)  # g⁺ᵀs is still 0.9 gᵀs
+    bottom = jnp.abs(trial.t * trial.slope) <= _BOTTOM * jnp.abs(seen.promise(here.slope))
+    settled = bottom | (_REMEMBERED * curvature >= later.curvature)
     far = (trial.t >= _RUNAWAY_STEP) & (seen.s_norm >= 1)
     runaway = _vector.where(steep & far & ~polishing, ledger.runaway + 1, 0)
     back = jnp.abs(seen.back) / jnp.maximum(seen.travel, 1)
@@ -587,6 +607,7 @@ def _after(
         least_grad_norm=_vector.where(taken, least_grad_norm, ledger.least_grad_norm),
         stalled=_vector.where(moved, stalled, ledger.stalled),
         runaway=_vector.where(moved, runaway, ledger.runaway),
+        settled=_vector.where(moved, settled, ledger.settled),
         fresh=_vector.where(step, ~taken, ledger.fresh),
         polished=_vector.where(polishing & taken, ledger.polished + 1, 0),
         steps_energy=_vector.where(moved, jnp.maximum(seen.curved, 0), ledger.steps_energy),
@@ -606,7 +627,8 @@ def answered(
     phase = _vector.where(ended, DONE, _vector.where(lost, SEARCH, ledger.phase))
     tightened = ledger.tightened(grad_norm)
     hopeless = ledger.at_noise_level(ledger.least_f, grad_norm)
-    how = RESULTS.where(hopeless, RESULTS.precision_limit, RESULTS.line_search_failed)
+    why = RESULTS.where(newton.falls, RESULTS.no_minimizer, RESULTS.precision_limit)
+    how = RESULTS.where(hopeless, why, RESULTS.line_search_failed)
     how = RESULTS.where(least, RESULTS.successful, how)
     return dataclasses.replace(
         ledger,
@@ -622,13 +644,14 @@ def turned(ledger: Ledger, known: Flag, grad_norm: Scalar, slope: Scalar, terms:
     """Return the ledger after the memory, if `known`, gave a direction of this slope.
 
     Without a polish the solve ends where the gradient is small, and the decrement of the
-    quasi-Newton model beside the energy. (Along the eigenvector of a curvature `μ` an error that
+    quasi-Newton model beside the energy, unless the last step shows neither the curvature that made
+    the gradient small nor a bottom. (Along the eigenvector of a curvature `μ` an error that
     the first allows has a decrement of `rtol² c/μ` of the energy, `c` being the largest.)
     """
     predicted = _vector.where(known, -slope, ledger.predicted)
     small = ledger.scale.local & (grad_norm <= terms.atol + terms.rtol * ledger.scale.reference())
     little = -slope <= terms.rtol * ledger.measured_energy()
-    done = known & small & little & (terms.polish == 0)
+    done = known & small & little & ledger.settled & (terms.polish == 0)
     return dataclasses.replace(
         ledger,
         predicted=predicted,

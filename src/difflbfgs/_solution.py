@@ -45,9 +45,9 @@ class RESULTS(_OptimistixResults):
         "`throw=False`."
     )
     no_minimizer = (
-        "The objective still falls along a direction without curvature, towards an infimum at "
-        "infinity, as a likelihood does on separable data: there is no minimizer. Add a "
-        "regulariser."
+        "The objective still falls along a direction without curvature: towards an infimum at "
+        "infinity, as a likelihood does on separable data, or from a plateau, as a sigmoid far out "
+        "in float32. Add a regulariser, or start elsewhere."
     )
     weakly_active = (
         "A variable is at its bound, or within the solve's error of it, with a multiplier within "
