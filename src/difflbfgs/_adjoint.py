@@ -181,7 +181,8 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
     Cost: no Hessian-vector product with `refine=0`, else `refine + 1`, against the 28 to 124 of
     `ImplicitAdjoint` on the problems below.
 
-    Error: measured relative error of the hypergradient (`benchmarks/adjoints.py`: softmax
+    Error: measured relative error of the hypergradient (`adjoints` in
+    `benchmarks/ablations.py`: softmax
     regression at decays of e⁻⁴, e⁻⁶ and e⁻⁹, a small network, hyper-cleaning, distillation; best
     to worst problem):
 

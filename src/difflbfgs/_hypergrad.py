@@ -114,9 +114,8 @@ def value_and_hypergrad(
     reaches its noise); that is checked. Where it fails, as with an indefinite Hessian or a solve
     that did not converge, the estimate is infinite, and `info.result` is not `successful`. It is an
     estimate and not a bound: it is blind to a minimizer that is the wrong one of several, and its
-    term of second order is left out. On 13 problems at four tolerances each
-    (`benchmarks/error_estimate.py`) it was 0.90 to 1.07 times the true error where that is not
-    rounding.
+    term of second order is left out. On 13 problems at four tolerances each (`error_estimate` in
+    `benchmarks/ablations.py`) it was 0.90 to 1.07 times the true error unless that is rounding.
 
     With `accuracy`, solve and adjoint go on until `error_estimate <= accuracy ‖dF/dθ‖`, and no
     further: the Newton step of the estimate is taken as long as the error is too large, and where

@@ -90,7 +90,7 @@ def minimize(
             solve begins at the earlier minimizer instead of at `x0`, with its memory, and by
             Newton's method if that is near. On regressions on digits, for steps of 0.1 to 1 % of
             `theta`, that saved 30 to 50 % of evaluations and Hessian products
-            (`benchmarks/warm_starts.py`).
+            (`warm_starts` in `benchmarks/ablations.py`).
         callback: called as `callback(step)` with a `difflbfgs.Step` after every step of `LBFGS`,
             jitted or not, for example `progress_bar()`. What it raises ends the solve.
         stop: a JAX function `stop(step) -> bool` of the same record and of `step.value`, the

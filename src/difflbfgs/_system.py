@@ -11,7 +11,7 @@ from difflbfgs._linear import Dense, Report, System
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._vector import Scalar, Vector
 
-# Up to this many variables the Hessian is assembled and factorised; see benchmarks/crossover.py.
+# Up to this many variables the Hessian is assembled (see `crossover` in benchmarks/ablations.py).
 DENSE_SIZE = 64
 _MAX_PRODUCTS = 10_000
 
