@@ -33,7 +33,7 @@ class Report(eqx.Module):
         max_curvature: largest curvature seen.
     """
 
-    result: Any
+    result: RESULTS
     num_steps: Count
     residual: Scalar
     min_curvature: Scalar

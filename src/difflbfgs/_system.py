@@ -1,7 +1,7 @@
 """What every way to differentiate has to say: how `H u = v` is solved, and in which mode."""
 
 import abc
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 
@@ -26,9 +26,10 @@ class AbstractAdjoint(eqx.Module):
         approximate: whether a solve that did not converge may be differentiated.
     """
 
-    ridge: eqx.AbstractVar[Any]
-    preconditioner: eqx.AbstractVar[Any]
-    approximate: eqx.AbstractVar[Any]
+    # Without annotations these are no fields: a class below may have fields in their place.
+    ridge = cast(Any, 0.0)
+    preconditioner = cast(Any, None)
+    approximate = cast(Any, False)
 
     @property
     def forward_mode(self) -> bool:
