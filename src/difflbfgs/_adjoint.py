@@ -172,7 +172,7 @@ class ForwardImplicitAdjoint(_Exact):
 class QuasiNewtonAdjoint(AbstractAdjoint):
     """An approximate derivative: the memory of the forward solve stands in for `H⁻¹` (SHINE).
 
-    It takes `u = P v` for the solution of `H u = v`, where `P` is the L-BFGS inverse Hessian, and
+    It takes `u = P v` for the solution of `H u = v`, with the L-BFGS inverse Hessian `P`, and
     improves that by `refine` steps of conjugate gradients preconditioned with `P`.
 
     Args:

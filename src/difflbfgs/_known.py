@@ -240,7 +240,7 @@ class _Step(eqx.Module):
     def of(cls, hvp: Callable, x, g, grad_norm: Scalar, wanted: Flag) -> "_Step":
         """Find the step, from a gradient of norm one, as squares of it may be out of range.
 
-        Where it is zero, a vector of signs stands for it, to meet negative curvature all the same.
+        If it is zero, a vector of signs stands for it, to meet negative curvature all the same.
         """
         signs = jax.random.rademacher(jax.random.key(0), x.shape, x.dtype)
         b = _vector.unit(_vector.where(grad_norm > 0, g, signs))

@@ -235,7 +235,7 @@ def make_solution(variables: Variables, outcome: Outcome, aux: PyTree = None) ->
 
 
 def solve_differentiably(task: Task, problem: Problem) -> Outcome:
-    """Solve, as one compiled program also where the user did not ask for `jit`."""
+    """Solve, as one compiled program even if the user did not ask for `jit`."""
     with short_errors():
         return _compiled(task, problem)
 

@@ -200,7 +200,7 @@ def has_converged(result: Any) -> Bool[Array, "*batch"]:
 
 
 def raised(tree: _T, failed: Bool[Array, ""], result: Any) -> _T:
-    """Return `tree`, whose use raises where `failed`, with the message of `result`.
+    """Return `tree`, whose use raises if `failed`, with the message of `result`.
 
     Of several devices that work on one solve, each calls Python: JAX would call it on the first
     one only for `tree`, and the others would wait for ever.

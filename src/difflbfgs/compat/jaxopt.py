@@ -237,7 +237,7 @@ class LBFGS(_Solver):
         ValueError: if a value is out of range, or asks for another iteration.
 
     Note:
-        `run` is `difflbfgs.minimize`, and stops where rounding hides any decrease, too. `update` is
+        `run` is `difflbfgs.minimize`, and also stops if rounding hides any decrease. `update` is
         one step of the same loop without a Newton step: a line search for the strong Wolfe
         conditions along the direction of the memory. Derivatives are by `args`, `kwargs` and what
         `fun` closes over.
@@ -292,7 +292,7 @@ class LBFGS(_Solver):
         """Take one step from `params`; `state` is of `init_state`, `update` or `run`.
 
         It begins with an evaluation at `params`, which may be others than those of `state`, like
-        the arguments of `fun`. Where the gradient is zero, or the line search fails, `params` stay;
+        the arguments of `fun`. If the gradient is zero, or the line search fails, `params` stay;
         that counts as a step all the same.
         """
         params, _ = _unpack(params)
