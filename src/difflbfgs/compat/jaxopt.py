@@ -291,9 +291,8 @@ class LBFGS(_Solver):
     def update(self, params: PyTree, state: LbfgsState, *args: PyTree, **kwargs: PyTree) -> OptStep:
         """Take one step from `params`; `state` is of `init_state`, `update` or `run`.
 
-        It begins with an evaluation at `params`, which may be others than those of `state`, like
-        the arguments of `fun`. If the gradient is zero, or the line search fails, `params` stay;
-        that counts as a step all the same.
+        It begins with an evaluation at `params`, which may be others than those of `state`. If the
+        gradient is zero, or the line search fails, `params` stay; that counts as a step.
         """
         params, _ = _unpack(params)
         step = self._advance(OptStep(params, state), (args, kwargs), max_steps=1)
