@@ -144,6 +144,8 @@ class ImplicitAdjoint(_Exact):
         ValueError: if `rtol` or `ridge` is negative.
 
     Note:
+        Only a bare `jax.jvp` or `jax.jacfwd` needs `ForwardImplicitAdjoint`.
+
         Up to 64 variables `n` it costs `n` Hessian-vector products, batched, and a factorisation,
         for any number of cotangents. Beyond that it costs as many products as conjugate gradients
         takes, for each cotangent, and memory for a few vectors.
