@@ -5,7 +5,8 @@
 
 All take 15 to 20 minutes on two cores, with `--full` two hours, with `--quick` less. With
 `--record`, which goes with `--full`, numbers go to `benchmarks/results`, pictures to `docs`, and
-the tables of docs/benchmarks.md are written anew. Exits with 1 if a claim does not hold.
+the tables of docs/benchmarks.md are written anew. Exits with 1 if a claim does not hold. The
+name `ablations` stands for all rows of `ablations.py`.
 """
 
 import argparse
@@ -15,25 +16,20 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).parent
-DRAWN = ("hypergradient", "growth", "compiling", "limit", "tasks", "theory", "bounds", "forward")
-# In this order: what docs/benchmarks.md shows first.
-SCRIPTS = (
-    "hypergradient",
-    "growth",
-    "compiling",
+ABLATIONS = (
     "limit",
-    "tasks",
+    "compiling",
     "overhead",
     "theory",
-    "precision",
     "error_estimate",
     "polish",
     "warm_starts",
     "adjoints",
     "crossover",
-    "bounds",
-    "forward",
 )
+SCRIPTS = ("hypergradient", "growth", "tasks", "precision", "bounds", "forward")
+EVERY = (*SCRIPTS[:3], *ABLATIONS, *SCRIPTS[3:])
+DRAWN = ("hypergradient", "growth", "tasks", "limit", "compiling", "theory", "bounds", "forward")
 
 
 def main() -> int:
@@ -43,19 +39,21 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", help=f"some of: {', '.join(SCRIPTS)}; default: all")
+    parser.add_argument("names", nargs="*", help=f"some of: {', '.join((*EVERY, 'ablations'))}")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a small part of each, for tests")
     size.add_argument("--full", action="store_true", help="all of each, however long")
     parser.add_argument("--record", action="store_true", help="keep numbers and pictures")
     options = parser.parse_args()
-    if unknown := set(options.names) - set(SCRIPTS):
+    names = [n for name in options.names for n in (ABLATIONS if name == "ablations" else [name])]
+    if unknown := set(names) - set(EVERY):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
     if options.record and not options.full:
         parser.error("--record keeps full runs: add --full")
     failed = []
-    for name in options.names or SCRIPTS:
-        command = [sys.executable, str(HERE / f"{name}.py")]
+    for name in names or EVERY:
+        script = ["ablations.py", name] if name in ABLATIONS else [f"{name}.py"]
+        command = [sys.executable, str(HERE / script[0]), *script[1:]]
         command += ["--quick"] if options.quick else ["--full"] if options.full else []
         if options.record:
             command += ["--results", str(HERE / "results" / f"{name}.json")]

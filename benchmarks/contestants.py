@@ -24,7 +24,7 @@ from jaxopt.linear_solve import solve_cg
 from scipy.sparse.linalg import cg
 
 import difflbfgs as dl
-from collection import Problem, linear_operator
+from problems.collection import Problem, linear_operator
 
 MAX_STEPS = 5000
 # Above so many variables a dense matrix is not assembled: minutes and gigabytes.

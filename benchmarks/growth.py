@@ -21,57 +21,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 import difflbfgs as dl
 import harness
 import report
-from collection import Problem
 from contestants import BY_NAME, counts
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from problems.scalable import logistic, smoothing
 
 jax.config.update("jax_enable_x64", True)
-
-
-def smoothing(n):
-    """Smooth a noisy step signal."""
-    rng = np.random.default_rng(0)
-    clean = np.repeat(rng.normal(size=-(-n // 25)), 25)[:n]
-    data, target = jnp.asarray(clean + 0.3 * rng.normal(size=n)), jnp.asarray(clean)
-
-    def inner(x, theta):
-        weight, width = jnp.exp(theta)
-        jumps = jnp.sqrt(1 + ((x[1:] - x[:-1]) / width) ** 2) - 1
-        return (jnp.sum((x - data) ** 2) / 2 + weight * width**2 * jnp.sum(jumps)) / n
-
-    def outer(x, theta):
-        return jnp.mean((x - target) ** 2)
-
-    return Problem(inner, outer, jnp.zeros(n), jnp.asarray([1.0, -1.0]))
-
-
-def logistic(samples, groups=None):
-    """Fit a logistic regression, with group weights or else with weight decays."""
-    rng = np.random.default_rng(0)
-    X, Xv = jnp.asarray(rng.normal(size=(samples, 20))), jnp.asarray(rng.normal(size=(1000, 20)))
-    truth = rng.normal(size=20)
-    y, yv = (jnp.sign(A @ truth + rng.normal(size=len(A))) for A in (X, Xv))
-    group = jnp.arange(samples) % (groups or 1)
-
-    def inner(w, theta):
-        losses = jax.nn.softplus(-y * (X @ w))
-        if groups:
-            return jnp.mean(jax.nn.sigmoid(theta)[group] * losses) + 5e-3 * jnp.sum(w**2)
-        return jnp.mean(losses) + jnp.sum(jnp.exp(theta) * w**2) / 2
-
-    def outer(w, theta):
-        return jnp.mean(jax.nn.softplus(-yv * (Xv @ w)))
-
-    return Problem(inner, outer, jnp.zeros(20), jnp.full(groups or 20, 0.0 if groups else -4.0))
 
 
 SWEEPS = {
@@ -187,9 +146,7 @@ def main():
                 )
     rows += memory_by_steps()
     print(f"\n{report.growth_table(rows)}")
-    harness.record(options.results, rows, options.quick)
-    if options.output:
-        draw(rows, options.output)
+    harness.keep(options, rows, draw)
     assert all(row["error"] < 1e-3 for row in rows if row.get("products"))
     ours, unrolled = (
         series(rows, "steps", name, "bytes")[1] for name in ("difflbfgs", "unrolled SGD")

@@ -21,15 +21,19 @@ TURN = 0.02
 PACKAGES = ("difflbfgs", "jax", "jaxlib", "optax", "lineax", "optimistix", "jaxopt", "scipy")
 
 
-def options(description: str | None, picture: bool = True) -> argparse.Namespace:
-    """Return the command line: `quick`, `full`, `results` and, of one that draws, `output`."""
+def options(
+    description: str | None, picture: bool = True, names: Iterable[str] = ()
+) -> argparse.Namespace:
+    """Return the command line: `quick`, `full`, `results`, `output`, and `name` if it has names."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if names:
+        parser.add_argument("name", choices=names)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a small part, for tests")
     size.add_argument("--full", action="store_true", help="what was recorded, however long")
-    parser.add_argument("--results", type=pathlib.Path, help="where to save every number (JSON)")
+    parser.add_argument("--results", type=pathlib.Path, help="where to save the numbers (JSON)")
     if picture:
         parser.add_argument("--output", type=pathlib.Path, help="where to save the picture (PNG)")
     return parser.parse_args()
@@ -118,22 +122,45 @@ def _seconds_of(run: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def record(path: pathlib.Path | None, rows: Iterable[Mapping[str, Any]], quick: bool) -> None:
-    """Save the rows with what they were measured on."""
-    if path is None:
-        return
-    installed = {name: metadata.version(name) for name in PACKAGES}
-    device = jax.devices()[0]
-    run = {
-        "quick": quick,
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "device": f"{device.platform} {device.device_kind}, {platform.processor()}".strip(", "),
-        "versions": installed,
-        "rows": list(rows),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=1) + "\n")
+def keep(
+    options: argparse.Namespace,
+    rows: Iterable[Mapping[str, Any]],
+    draw: Callable[[Any, pathlib.Path], None] | None = None,
+) -> None:
+    """Save rows and picture if the command line says so.
+
+    A row takes a line, with five digits of every number. With the rows goes what they were measured
+    on.
+    """
+    if options.results:
+        device = jax.devices()[0]
+        run = {
+            "quick": options.quick,
+            "date": time.strftime("%Y-%m-%d"),
+            "python": platform.python_version(),
+            "device": f"{device.platform} {device.device_kind}, {platform.processor()}".strip(", "),
+            "versions": {name: metadata.version(name) for name in PACKAGES},
+        }
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        options.results.write_text(written(run, rows))
+    if draw and options.output:
+        draw(rows, options.output)
+
+
+def written(run: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a run as JSON, with a line for each row."""
+    head = json.dumps(run, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(_rounded(row))}" for row in rows)
+    return f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
+def _rounded(value: Any) -> Any:
+    """Return JSON with five digits of every number that is none of its integers."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def recorded(path: pathlib.Path) -> dict[str, Any]:

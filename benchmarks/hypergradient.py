@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import collection
 import harness
 import report
-from collection import COLLECTION, exact_hypergradient
 from contestants import CONTESTANTS, DENSE_LIMIT
+from problems.collection import COLLECTION, exact_hypergradient, mnist_cleaning
 
 jax.config.update("jax_enable_x64", True)
 
@@ -33,7 +32,7 @@ PROBLEMS = {
     "network": COLLECTION["network"],
     "distillation": COLLECTION["distillation"],
     "hyper-cleaning": COLLECTION["hyper-cleaning"],
-    "MNIST cleaning": collection.mnist_cleaning,
+    "MNIST cleaning": mnist_cleaning,
 }
 LARGEST = "MNIST cleaning"
 # In float32, in all but full mode, and where a matrix would not fit, only these take part.
@@ -57,7 +56,7 @@ def entrants(n, selected):
 
 
 def prepared(contestant, problem):
-    """Yield, for each setting, a run without arguments, seconds to compile, and temporary bytes."""
+    """Yield each setting with a run without arguments."""
     theta, x0 = problem.theta, problem.x0
     if contestant.unrolled:
         seconds = 0.0
@@ -66,18 +65,15 @@ def prepared(contestant, problem):
                 return
             made = harness.compiled(contestant.make(problem, num_steps=steps), theta, x0, 0.0)
             run = lambda made=made: made.run(theta, x0, 0.0)
-            yield steps, run, made.compile_seconds, made.temporary_bytes
+            yield steps, run
             seconds = harness.seconds({0: run}, 1, LONGEST)[0] / steps
         return
-    compile_seconds = temporary_bytes = None
     program = contestant.make(problem)
     if contestant.compiled:
-        made = harness.compiled(program, theta, x0, jnp.zeros((), x0.dtype))
-        program, compile_seconds = made.run, made.compile_seconds
-        temporary_bytes = made.temporary_bytes
+        program = harness.compiled(program, theta, x0, jnp.zeros((), x0.dtype)).run
     for tolerance in contestant.settings:
         setting = jnp.asarray(tolerance, x0.dtype)
-        yield tolerance, lambda s=setting: program(theta, x0, s), compile_seconds, temporary_bytes
+        yield tolerance, lambda s=setting: program(theta, x0, s)
 
 
 @functools.cache
@@ -87,7 +83,7 @@ def exact(name):
 
 
 def measure(name, dtype, selected):
-    """Return a row for every contestant and setting."""
+    """Return a row for every contestant, with its settings, errors, seconds and evaluations."""
     reference = exact(name)
     # Optimistix's L-BFGS takes float32 only where float64 is off.
     with jax.enable_x64(dtype == jnp.float64):
@@ -99,31 +95,30 @@ def compared(name, dtype, selected, reference):
     problem = PROBLEMS[name](dtype)
     rows, runs = [], {}
     for contestant in entrants(problem.x0.size, selected):
-        for setting, run, compile_seconds, temporary_bytes in prepared(contestant, problem):
+        row = {
+            "problem": name,
+            "dtype": dtype.__name__,
+            "variables": problem.x0.size,
+            "hyperparameters": problem.theta.size,
+            "package": contestant.package,
+            "contestant": contestant.name,
+            **{key: [] for key in ("setting", "error", "seconds", "evaluations")},
+        }
+        for setting, run in prepared(contestant, problem):
             try:
                 gradient, evaluations = run()
             except RuntimeError as error:  # an adjoint that gives up: no gradient to compare
                 print(f"{contestant.name} at {setting:g} raised: {str(error).strip()[:80]}")
                 continue
             error = np.linalg.norm(np.asarray(gradient, np.float64) - reference)
-            runs[len(rows)] = run
-            rows.append(
-                {
-                    "problem": name,
-                    "dtype": dtype.__name__,
-                    "variables": problem.x0.size,
-                    "hyperparameters": problem.theta.size,
-                    "package": contestant.package,
-                    "contestant": contestant.name,
-                    "setting": setting,
-                    "error": float(error / np.linalg.norm(reference)),
-                    "evaluations": int(evaluations),
-                    "compile_seconds": compile_seconds,
-                    "temporary_bytes": temporary_bytes,
-                }
-            )
-    for key, seconds in harness.seconds(runs, REPEATS, BUDGET).items():
-        rows[key]["seconds"] = seconds
+            runs[len(rows), setting] = run
+            row["setting"].append(setting)
+            row["error"].append(float(error / np.linalg.norm(reference)))
+            row["evaluations"].append(int(evaluations))
+        if row["setting"]:
+            rows.append(row)
+    for (key, _), seconds in harness.seconds(runs, REPEATS, BUDGET).items():
+        rows[key]["seconds"].append(seconds)
     jax.clear_caches()
     return rows
 
@@ -138,16 +133,17 @@ def main():
         for name in names:
             for row in measure(name, dtype, not options.full or dtype == jnp.float32):
                 rows.append(row)
-                print(
-                    f"{name:15s} {row['dtype']:8s} {row['contestant']:32s} {row['setting']:6g} "
-                    f"error {row['error']:8.1e} {1e3 * row['seconds']:10.2f} ms "
-                    f"{row['evaluations']:6d} evaluations",
-                    flush=True,
-                )
-            harness.record(options.results, rows, options.quick)  # an unfinished run is of use
+                columns = (row[key] for key in ("setting", "error", "seconds", "evaluations"))
+                for setting, error, seconds, evaluations in zip(*columns, strict=True):
+                    print(
+                        f"{name:15s} {row['dtype']:8s} {row['contestant']:32s} {setting:6g} "
+                        f"error {error:8.1e} {1e3 * seconds:10.2f} ms "
+                        f"{evaluations:6d} evaluations",
+                        flush=True,
+                    )
+            harness.keep(options, rows)  # an unfinished run is of use
     print(report.hypergradient_table(rows))
-    if options.output:
-        report.draw_hypergradients(rows, options.output)
+    harness.keep(options, rows, report.draw_hypergradients)
     report.assert_hypergradients(rows)
 
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import collection
 import difflbfgs as dl
 import harness
+from problems import collection
 
 jax.config.update("jax_enable_x64", True)
 
@@ -131,7 +131,7 @@ def main():
     decays = (-4.0, -6.0, -9.0) if options.full else (-6.0,)
     conditions = harness.sized(options, (1e2, 1e6), (1e6, 1e8), (1e2, 1e4, 1e6, 1e8))
     rows = digits(decays) + quadratics(conditions)
-    harness.record(options.results, rows, options.quick)
+    harness.keep(options, rows)
 
 
 if __name__ == "__main__":

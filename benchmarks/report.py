@@ -11,7 +11,7 @@ import itertools
 import math
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import matplotlib
 
@@ -40,31 +40,34 @@ class Reached:
     contestant: str
 
 
-def seconds_at(level: float, curve: list[dict]) -> float:
+def seconds_at(level: float, curve: list[tuple[float, float]]) -> float:
     """Return in how many seconds a contestant gets to an error, along its curve; inf if never.
 
     The curve joins its settings, from loose to tight, by straight lines in the logarithms of error
     and time, so that nobody gains by a setting that happens to fall just below the level.
     """
-    found, unknown = math.inf, {"error": math.nan, "seconds": math.nan}
-    for before, after in itertools.pairwise([unknown, *curve]):
-        if not after["error"] <= level:
+    found, unknown = math.inf, (math.nan, math.nan)
+    for (error, before), (smaller, seconds) in itertools.pairwise([unknown, *curve]):
+        if not smaller <= level:
             continue
-        seconds = after["seconds"]
-        if before["error"] > level:
-            way = [math.log(max(row["error"], 1e-16) / level) for row in (before, after)]
+        if error > level:
+            way = [math.log(max(each, 1e-16) / level) for each in (error, smaller)]
             share = way[0] / (way[0] - way[1])
-            seconds = before["seconds"] ** (1 - share) * after["seconds"] ** share
+            seconds = before ** (1 - share) * seconds**share
         found = min(found, seconds)
     return found
 
 
+def points(row: dict) -> list[tuple[float, float]]:
+    """Return error and seconds at each setting of a contestant."""
+    return list(zip(row["error"], row["seconds"], strict=True))
+
+
 def fastest(rows: list[dict], level: float, accept: Callable[[dict], bool]) -> Reached:
     """Return which of the accepted contestants gets to an error first."""
-    curves: dict[str, list[dict]] = {}
-    for row in filter(accept, rows):
-        curves.setdefault(row["contestant"], []).append(row)
-    reached = (Reached(seconds_at(level, curve), name) for name, curve in curves.items())
+    reached = (
+        Reached(seconds_at(level, points(row)), row["contestant"]) for row in filter(accept, rows)
+    )
     return min(reached, default=Reached(math.inf, "nobody"))
 
 
@@ -119,7 +122,7 @@ def hypergradient_table(rows: list[dict]) -> str:
         for name, own in single.items():
             least = [
                 min(
-                    (r["error"] for r in own if r["package"] == p and r["error"] >= 0),
+                    (e for r in own if r["package"] == p for e in r["error"] if e >= 0),
                     default=math.nan,
                 )
                 for p in packages
@@ -128,11 +131,14 @@ def hypergradient_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def performance_profile(panel, costs: np.ndarray, names, ours) -> None:
-    """Draw the share of problems (rows) that each solver solved with r times the best's cost.
+def performance_profile(panel, rows: list[dict], names, ours) -> None:
+    """Draw the share of problems that each solver solved with r times the best's evaluations.
 
     What was not solved costs infinity. (Dolan & Moré, 2002)
     """
+    costs = np.array(
+        [[r["evaluations"][n] if n in r["solved"] else np.inf for n in names] for r in rows]
+    )
     best = costs.min(axis=1, keepdims=True)
     ratios = np.where(np.isfinite(costs), costs / np.where(np.isfinite(best), best, 1), np.inf)
     grid = np.logspace(0, 1, 200)
@@ -223,8 +229,24 @@ def compiling_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def outcome(row: dict, names: Iterable[str], *faults: str) -> dict:
+    """Return evaluations of the named solvers, which of them solved a problem, and their faults."""
+    ran = {name: row[name] for name in names if row[name] is not None}
+    kinds = ("solved", "false", *faults)
+    return {
+        "evaluations": {name: each["evaluations"] for name, each in ran.items()},
+        **{kind: [name for name, each in ran.items() if each[kind]] for kind in kinds},
+    }
+
+
+def over_scipy(rows: list[dict], name: str) -> float:
+    """Return the median ratio of evaluations to SciPy's, over what both solved."""
+    both = [r["evaluations"] for r in rows if {name, "SciPy"} <= set(r["solved"])]
+    return float(np.median([counts[name] / counts["SciPy"] for counts in both]))
+
+
 def forward_table(rows: list[dict]) -> str:
-    """Return a table of how dependable the forward solvers are.
+    """Return a table of how dependable the forward solvers are, from rows of `outcome`.
 
     What is solved is counted without the family of those that have no smooth minimum; evaluations
     are the median ratio to SciPy's, over what both solved.
@@ -233,18 +255,16 @@ def forward_table(rows: list[dict]) -> str:
     kinds = ("solved", "evaluations", "false successes", "rises")
     heads = [f"{kind}, {dtype}" for dtype in dtypes for kind in kinds]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for name in [key for key, value in rows[0].items() if isinstance(value, dict)]:
+    for name in rows[0]["evaluations"]:
         cells = []
         for dtype in dtypes:
             own = [row for row in rows if row["dtype"] == dtype]
             smooth = [row for row in own if row["family"] != "rough"]
-            both = [row for row in smooth if row[name]["solved"] and row["SciPy"]["solved"]]
-            ratios = [row[name]["evaluations"] / row["SciPy"]["evaluations"] for row in both]
             cells += [
-                f"{sum(row[name]['solved'] for row in smooth)} of {len(smooth)}",
-                f"{np.median(ratios):.2f}",
-                str(sum(row[name]["false"] for row in own)),
-                str(sum(row[name]["rises"] > 0 for row in own)),
+                f"{sum(name in row['solved'] for row in smooth)} of {len(smooth)}",
+                f"{over_scipy(smooth, name):.2f}",
+                str(sum(name in row["false"] for row in own)),
+                str(sum(name in row["rises"] for row in own)),
             ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -252,18 +272,16 @@ def forward_table(rows: list[dict]) -> str:
 
 def bounds_table(rows: list[dict]) -> str:
     """Return two tables: solves of problems with bounds, and derivatives through them."""
-    solvers = ("difflbfgs", "polish=0", "SciPy", "JAXopt")
     lines = [
         "| | solved | evaluations over SciPy's | false successes | outside |",
         "|---" * 5 + "|",
     ]
-    for name in solvers:
-        own = [r for r in rows if r[name] is not None]
-        both = [r for r in own if r[name]["solved"] and r["SciPy"]["solved"]]
-        ratio = np.median([r[name]["evaluations"] / r["SciPy"]["evaluations"] for r in both])
+    for name in rows[0]["evaluations"]:
+        own = [r for r in rows if name in r["evaluations"]]
         solved, false, outside = (
-            sum(r[name][key] for r in own) for key in ("solved", "false", "outside")
+            sum(name in r[kind] for r in own) for kind in ("solved", "false", "outside")
         )
+        ratio = over_scipy(own, name)
         lines.append(f"| {name} | {solved} of {len(own)} | {ratio:.2f} | {false} | {outside} |")
     known = [r["derivative"] for r in rows if r["derivative"] is not None]
     lines += ["", "| derivatives | right | refused | silently wrong |", "|---" * 4 + "|"]
@@ -294,16 +312,18 @@ def draw_hypergradients(rows: list[dict], path: pathlib.Path) -> None:
     for axis, (name, own) in zip(axes.flat, problems.items(), strict=True):
         for k, package in enumerate(PACKAGES):
             color = "black" if package == OURS else f"C{k}"
-            points = sorted(
-                (1e3 * row["seconds"], max(row["error"], 1e-12))
+            found = sorted(
+                (1e3 * seconds, max(error, 1e-12))
                 for row in own
-                if row["package"] == package and math.isfinite(row["error"])
+                if row["package"] == package
+                for error, seconds in points(row)
+                if math.isfinite(error)
             )
-            if not points:
+            if not found:
                 continue
-            axis.loglog(*zip(*points, strict=True), ".", color=color, alpha=0.3, ms=5)
-            errors = itertools.accumulate((error for _, error in points), min)
-            times = [time for time, _ in points]
+            axis.loglog(*zip(*found, strict=True), ".", color=color, alpha=0.3, ms=5)
+            errors = itertools.accumulate((error for _, error in found), min)
+            times = [time for time, _ in found]
             width = 2.2 if package == OURS else 1.2
             axis.step(times, list(errors), where="post", color=color, lw=width, label=package)
         axis.set_title(f"{name}: {own[0]['variables']} variables", fontsize=10)

@@ -22,58 +22,18 @@ import lineax as lx
 import matplotlib.pyplot as plt
 import numpy as np
 import optimistix as optx
-from jax.flatten_util import ravel_pytree
 
 import difflbfgs as dl
 import harness
+from problems.sinusoids import META, PROXIMAL, inner, outer, tasks
 
 jax.config.update("jax_enable_x64", True)
-PROXIMAL = 2.0
 SIZES = (1, 32, 128, 1024)  # with `--full`
 USUAL = (128,)
 CHECKED = 128
 # How much longer peers must take for 128 tasks: vmapped, and one after the other.
 LEAST = {"JAXopt": 4, "Optimistix": 4, "map": 1 / 1.1}
 SLOW = 30.0
-
-
-def initial():
-    """Return meta-parameters."""
-    rng = np.random.default_rng(0)
-    shapes = ((1, 40), (40,), (40, 40), (40,), (40, 1), (1,))
-    return [jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0])) for shape in shapes]
-
-
-META, RESTORE = ravel_pytree(initial())
-
-
-def network(w, x):
-    """Return the network's values at the points `x`."""
-    A, a, B, b, C, c = RESTORE(w)
-    return jnp.tanh(jnp.tanh(x @ A + a) @ B + b) @ C + c
-
-
-def inner(w, theta):
-    """Return the training loss of one task with its proximal term."""
-    meta, (x, y) = theta
-    return jnp.mean((network(w, x) - y) ** 2) + PROXIMAL / 2 * jnp.sum((w - meta) ** 2)
-
-
-def outer(w, query):
-    """Return the validation loss of one task."""
-    x, y = query
-    return jnp.mean((network(w, x) - y) ** 2)
-
-
-def tasks(count):
-    """Return training and validation points of the first `count` sinusoids."""
-    rng = np.random.default_rng(1)
-    most = SIZES[-1]
-    x = jnp.asarray(rng.uniform(-5, 5, (most, 20, 1)))
-    amplitude, phase = rng.uniform(0.1, 5, (most, 1, 1)), rng.uniform(0, np.pi, (most, 1, 1))
-    y = amplitude * jnp.sin(x + phase)
-    every = (x[:, :10], y[:, :10]), (x[:, 10:], y[:, 10:])
-    return jax.tree.map(lambda leaf: leaf[:count], every)
 
 
 def ours(theta, **settings):
@@ -229,9 +189,7 @@ def main():
             f"{row['flagged']} NaN",
             flush=True,
         )
-    harness.record(options.results, rows, options.quick)
-    if options.output:
-        draw(rows, options.output)
+    harness.keep(options, rows, draw)
     print("\ntimes over those of difflbfgs, vmapped, at errors no larger")
     short = []
     for peer, ratio in comparisons(rows):

@@ -31,25 +31,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 FLOOR = 1e-6
-IMAGES = 174  # of the rarest digit
 BOUNDS = ({"beta": None, "alpha": FLOOR}, None)
-
-
-def load():
-    """Return features and counts, for each digit and image."""
-    pixels, labels = load_digits(return_X_y=True)
-    images = pixels.reshape(-1, 8, 8)
-    ink = images / images.sum(axis=(1, 2), keepdims=True)
-    rows, columns = np.mgrid[:8, :8]
-    y, x = (np.sum(ink * at, axis=(1, 2))[:, None, None] for at in (rows, columns))
-    slant = np.sum(ink * (rows - y) * (columns - x), axis=(1, 2))
-    width = np.sqrt(np.sum(ink * (columns - x) ** 2, axis=(1, 2)))
-    features = np.stack([slant, width], axis=1)
-    counts = np.sum(images == 16, axis=(1, 2))
-    chosen = [np.flatnonzero(labels == digit)[:IMAGES] for digit in range(10)]
-    X, Y = np.stack([features[c] for c in chosen]), np.stack([counts[c] for c in chosen])
-    X = (X - X.mean(axis=1, keepdims=True)) / X.std(axis=1, keepdims=True)
-    return jnp.asarray(np.concatenate([np.ones((10, IMAGES, 1)), X], axis=2)), jnp.asarray(Y, float)
 
 
 def loss(model, theta):
@@ -84,6 +66,28 @@ def analyse(X, y):
     influence = -jax.grad(lambda weights: fit(weights, X, y).value["beta"][1])(weights)
     moves = jax.grad(lambda weights: fit(weights, X, y).value["alpha"])(weights)
     return solution.value, solution.active["alpha"], errors, influence, moves
+
+
+# What follows checks, compares and draws.
+
+IMAGES = 174  # of the rarest digit
+
+
+def load():
+    """Return features and counts, for each digit and image."""
+    pixels, labels = load_digits(return_X_y=True)
+    images = pixels.reshape(-1, 8, 8)
+    ink = images / images.sum(axis=(1, 2), keepdims=True)
+    rows, columns = np.mgrid[:8, :8]
+    y, x = (np.sum(ink * at, axis=(1, 2))[:, None, None] for at in (rows, columns))
+    slant = np.sum(ink * (rows - y) * (columns - x), axis=(1, 2))
+    width = np.sqrt(np.sum(ink * (columns - x) ** 2, axis=(1, 2)))
+    features = np.stack([slant, width], axis=1)
+    counts = np.sum(images == 16, axis=(1, 2))
+    chosen = [np.flatnonzero(labels == digit)[:IMAGES] for digit in range(10)]
+    X, Y = np.stack([features[c] for c in chosen]), np.stack([counts[c] for c in chosen])
+    X = (X - X.mean(axis=1, keepdims=True)) / X.std(axis=1, keepdims=True)
+    return jnp.asarray(np.concatenate([np.ones((10, IMAGES, 1)), X], axis=2)), jnp.asarray(Y, float)
 
 
 @jax.jit

@@ -31,6 +31,58 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
+# The basis of the filters, BASIS, and the patches to learn from, TRAIN, are made below.
+START = {
+    "mix": jnp.eye(8),
+    "log_weight": jnp.full(8, -1.0, float),
+    "log_width": jnp.full(8, -4.0, float),
+}
+
+
+def energy(x, inputs):
+    """Return the inner objective for a batch of images."""
+    y, theta = inputs
+    filters = jnp.einsum("jb,bkl->jkl", theta["mix"], BASIS)
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    responses = jax.lax.conv(padded[:, None], filters[:, None], (1, 1), "VALID")
+    weight, width = (jnp.exp(theta[name])[:, None, None] for name in ("log_weight", "log_width"))
+    potentials = width**2 * (jnp.sqrt(1 + (responses / width) ** 2) - 1)
+    return jnp.sum((x - y) ** 2) / 2 + jnp.sum(weight * potentials)
+
+
+def denoise(energy, noisy, theta):
+    """Return the minimizer of the energy."""
+    solver = dl.LBFGS(rtol=1e-3, polish=0)
+    return dl.minimize(energy, noisy, (noisy, theta), solver=solver).value
+
+
+def squared_error(theta):
+    """Return the outer objective, times 1000."""
+    clean, noisy = TRAIN
+    return 1e3 * jnp.mean((denoise(energy, noisy, theta) - clean) ** 2)
+
+
+def learn(num_steps):
+    """Learn `theta` with Adam."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, num_steps))
+
+    @jax.jit
+    def step(theta, state):
+        loss, gradient = jax.value_and_grad(squared_error)(theta)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(theta, updates), state, loss
+
+    theta, state, losses = START, optimizer.init(START), []
+    with tqdm(range(num_steps), desc="learning eight filters", disable=None) as bar:
+        for _ in bar:
+            theta, state, loss = step(theta, state)
+            losses.append(float(loss))
+            bar.set_postfix(squared_error=f"{losses[-1]:.4f}")
+    return theta, np.asarray(losses)
+
+
+# What follows checks, compares and draws.
+
 NOISE, SIZE, NUM_PATCHES = 0.1, 32, 10
 
 
@@ -63,22 +115,6 @@ def cosine_filters():
 
 
 BASIS = cosine_filters()
-START = {
-    "mix": jnp.eye(8),
-    "log_weight": jnp.full(8, -1.0, float),
-    "log_width": jnp.full(8, -4.0, float),
-}
-
-
-def energy(x, inputs):
-    """Return the inner objective for a batch of images."""
-    y, theta = inputs
-    filters = jnp.einsum("jb,bkl->jkl", theta["mix"], BASIS)
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    responses = jax.lax.conv(padded[:, None], filters[:, None], (1, 1), "VALID")
-    weight, width = (jnp.exp(theta[name])[:, None, None] for name in ("log_weight", "log_width"))
-    potentials = width**2 * (jnp.sqrt(1 + (responses / width) ** 2) - 1)
-    return jnp.sum((x - y) ** 2) / 2 + jnp.sum(weight * potentials)
 
 
 def total_variation(x, inputs):
@@ -90,40 +126,9 @@ def total_variation(x, inputs):
     return jnp.sum((x - y) ** 2) / 2 + jnp.exp(log_weight) * jnp.sum(potentials)
 
 
-def denoise(energy, noisy, theta):
-    """Return the minimizer of the energy."""
-    solver = dl.LBFGS(rtol=1e-3, polish=0)
-    return dl.minimize(energy, noisy, (noisy, theta), solver=solver).value
-
-
 def psnr(x, clean):
     """Return the peak signal-to-noise ratio of every image, in dB."""
     return -10 * np.log10(np.mean((np.asarray(x) - np.asarray(clean)) ** 2, axis=(1, 2)))
-
-
-def squared_error(theta):
-    """Return the outer objective, times 1000."""
-    clean, noisy = TRAIN
-    return 1e3 * jnp.mean((denoise(energy, noisy, theta) - clean) ** 2)
-
-
-def learn(num_steps):
-    """Learn `theta` with Adam."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, num_steps))
-
-    @jax.jit
-    def step(theta, state):
-        loss, gradient = jax.value_and_grad(squared_error)(theta)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(theta, updates), state, loss
-
-    theta, state, losses = START, optimizer.init(START), []
-    with tqdm(range(num_steps), desc="learning eight filters", disable=None) as bar:
-        for _ in bar:
-            theta, state, loss = step(theta, state)
-            losses.append(float(loss))
-            bar.set_postfix(squared_error=f"{losses[-1]:.4f}")
-    return theta, np.asarray(losses)
 
 
 def draw(path, theta, images, losses):

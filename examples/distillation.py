@@ -82,12 +82,6 @@ def loss(weights, data):
     return jnp.mean(cross_entropies(weights, data))
 
 
-def accuracy(weights, data):
-    """Return the share of images classified correctly."""
-    logits = data[0] @ weights["W"] + weights["b"]
-    return float(jnp.mean(jnp.argmax(logits, axis=1) == data[1]))
-
-
 def synthetic_loss(weights, theta):
     """Return the inner objective: it sees synthetic images only."""
     return loss(weights, (theta["images"], CLASSES)) + penalty(weights, theta["log_decay"])
@@ -105,15 +99,7 @@ def distillation_loss(theta):
     return value, weights, valid, gradient
 
 
-def check_gradient(theta):
-    """Return the relative error of the hypergradient in a direction that moves everything."""
-    flat, unravel = ravel_pytree(theta)
-    direction = np.random.default_rng(0).normal(size=flat.shape)
-    h, steps = 1e-3, (-2, -1, 1, 2)
-    f = [float(distillation_loss(unravel(flat + k * h * direction))[0]) for k in steps]
-    difference = (f[0] - 8 * f[1] + 8 * f[2] - f[3]) / (12 * h)
-    gradient = ravel_pytree(distillation_loss(theta)[3])[0]
-    return abs(float(gradient @ direction) / difference - 1)
+# What follows learns, checks, compares and draws.
 
 
 def distil(num_steps):
@@ -128,6 +114,23 @@ def distil(num_steps):
             updates, moments = optimizer.update(gradient, moments)
             theta = jax.tree.map(jnp.add, theta, updates)
     return theta, distillation_loss(theta)[1], np.asarray(losses)
+
+
+def accuracy(weights, data):
+    """Return the share of images classified correctly."""
+    logits = data[0] @ weights["W"] + weights["b"]
+    return float(jnp.mean(jnp.argmax(logits, axis=1) == data[1]))
+
+
+def check_gradient(theta):
+    """Return the relative error of the hypergradient in a direction that moves everything."""
+    flat, unravel = ravel_pytree(theta)
+    direction = np.random.default_rng(0).normal(size=flat.shape)
+    h, steps = 1e-3, (-2, -1, 1, 2)
+    f = [float(distillation_loss(unravel(flat + k * h * direction))[0]) for k in steps]
+    difference = (f[0] - 8 * f[1] + 8 * f[2] - f[3]) / (12 * h)
+    gradient = ravel_pytree(distillation_loss(theta)[3])[0]
+    return abs(float(gradient @ direction) / difference - 1)
 
 
 POOL = (jnp.concatenate([TRAIN[0], MEANS]), jnp.concatenate([TRAIN[1], CLASSES]))

@@ -50,49 +50,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 WAYS, QUERIES, NUM_TASKS = 5, 10, 8
 SIZES = (196, 32, 64, WAYS)
-HELD_OUT = (3, 4, 7)
 SOLVER = dl.LBFGS(rtol=1e-3)  # the Newton step that follows squares the error
-
 Images = Float[Array, "*batch image pixel"]
 Labels = Int[Array, "*batch image"]
 Task = tuple[tuple[Images, Labels], tuple[Images, Labels]]
 Meta = dict[str, Any]
 Answer = tuple[Float[Array, "image way"], Bool[Array, ""]]  # logits, and whether it converged
-
-
-def load() -> Float[np.ndarray, "class image pixel"]:
-    """Return the images of the 40 classes, 14 x 14 pixels by averaging; four classes a digit."""
-    pixels, _ = mnist_data()  # sorted by digit, 500 each
-    images = pixels.reshape(10, 500, 14, 2, 14, 2).mean(axis=(3, 5)) / 255
-    turned = [np.rot90(images, k, axes=(2, 3)) for k in range(4)]
-    return np.stack(turned, axis=1).reshape(40, 500, 196)
-
-
-IMAGES = load()
-TEST_CLASSES = np.flatnonzero(np.isin(np.arange(40) // 4, HELD_OUT))
-TRAIN_CLASSES = np.setdiff1d(np.arange(40), TEST_CLASSES)
-
-
-def sample(rng: np.random.Generator, classes: Int[np.ndarray, " class"], shots: int) -> Task:
-    """Return a batch of tasks, each with a support set and a query set that share no image."""
-    size = shots + QUERIES
-    chosen = [rng.choice(classes, WAYS, replace=False) for _ in range(NUM_TASKS)]
-    images = [[IMAGES[c][rng.choice(500, size, replace=False)] for c in task] for task in chosen]
-    both = np.split(np.asarray(images), [shots], axis=2)
-
-    def labelled(part):
-        labels = np.tile(np.repeat(np.arange(WAYS), part.shape[2]), (NUM_TASKS, 1))
-        return jnp.asarray(part.reshape(NUM_TASKS, -1, 196)), jnp.asarray(labels)
-
-    return labelled(both[0]), labelled(both[1])
-
-
-def initialize(key: Array, number: float) -> Meta:
-    """Return weights and zero biases, layer by layer, and the logarithm of the positive number."""
-    keys = jax.random.split(key, len(SIZES) - 1)
-    shapes = zip(keys, SIZES[:-1], SIZES[1:], strict=True)
-    layers = [(jax.random.normal(k, (m, n)) * np.sqrt(2 / m), jnp.zeros(n)) for k, m, n in shapes]
-    return {"layers": layers, "log_s": jnp.array(np.log(number))}
 
 
 def features(layers: list, x: Images) -> Float[Array, "image feature"]:
@@ -140,6 +103,9 @@ def convex_head(meta: Meta, x: Images, y: Labels, query: Images) -> Answer:
     start, theta = jnp.zeros((SIZES[-2], WAYS)), (inputs, meta["log_s"])
     solution = dl.minimize(objective, start, theta, solver=SOLVER, throw=False)
     return (features(meta["layers"], query) @ solution.value, solution.converged)
+
+
+# What follows has the other methods, makes the tasks, trains, tests and draws.
 
 
 def maml(meta: Meta, x: Images, y: Labels, query: Images) -> Answer:
@@ -209,6 +175,44 @@ def compiled(method: Callable[..., Answer], meta: Meta, tasks: Task) -> Callable
         return accuracy, ~converged, ~good, mean
 
     return jax.jit(program).lower(meta, tasks).compile()
+
+
+HELD_OUT = (3, 4, 7)
+
+
+def load() -> Float[np.ndarray, "class image pixel"]:
+    """Return the images of the 40 classes, 14 x 14 pixels by averaging; four classes a digit."""
+    pixels, _ = mnist_data()  # sorted by digit, 500 each
+    images = pixels.reshape(10, 500, 14, 2, 14, 2).mean(axis=(3, 5)) / 255
+    turned = [np.rot90(images, k, axes=(2, 3)) for k in range(4)]
+    return np.stack(turned, axis=1).reshape(40, 500, 196)
+
+
+IMAGES = load()
+TEST_CLASSES = np.flatnonzero(np.isin(np.arange(40) // 4, HELD_OUT))
+TRAIN_CLASSES = np.setdiff1d(np.arange(40), TEST_CLASSES)
+
+
+def sample(rng: np.random.Generator, classes: Int[np.ndarray, " class"], shots: int) -> Task:
+    """Return a batch of tasks, each with a support set and a query set that share no image."""
+    size = shots + QUERIES
+    chosen = [rng.choice(classes, WAYS, replace=False) for _ in range(NUM_TASKS)]
+    images = [[IMAGES[c][rng.choice(500, size, replace=False)] for c in task] for task in chosen]
+    both = np.split(np.asarray(images), [shots], axis=2)
+
+    def labelled(part):
+        labels = np.tile(np.repeat(np.arange(WAYS), part.shape[2]), (NUM_TASKS, 1))
+        return jnp.asarray(part.reshape(NUM_TASKS, -1, 196)), jnp.asarray(labels)
+
+    return labelled(both[0]), labelled(both[1])
+
+
+def initialize(key: Array, number: float) -> Meta:
+    """Return weights and zero biases, layer by layer, and the logarithm of the positive number."""
+    keys = jax.random.split(key, len(SIZES) - 1)
+    shapes = zip(keys, SIZES[:-1], SIZES[1:], strict=True)
+    layers = [(jax.random.normal(k, (m, n)) * np.sqrt(2 / m), jnp.zeros(n)) for k, m, n in shapes]
+    return {"layers": layers, "log_s": jnp.array(np.log(number))}
 
 
 @functools.cache

@@ -49,6 +49,69 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
+# Other names in capitals, made below, say which atoms a term is of, and have its constants.
+GUESS = np.array([1.600, 1.000, 109.5, 109.5, 109.5, 3.20, 2.80])
+SCALE = np.array([0.02, 0.02, 3.0, 3.0, 3.0, 0.3, 0.3])
+DELTA = 0.003
+
+
+def dot(a, b):
+    """Return the inner products of the rows."""
+    return jnp.sum(a * b, axis=1)
+
+
+def norm(a):
+    """Return the lengths of the rows."""
+    return jnp.sqrt(dot(a, a))
+
+
+def energy(x, theta):
+    """Return the energy in kcal/mol, without what fixes place and orientation."""
+    r0, phi0, s = theta[:2], jnp.deg2rad(theta[2:5]), theta[5:]
+    bond, a, b, u, v, w, far = jnp.split(x[TO] - x[FROM], ENDS)
+    bonds = STRETCH * (norm(bond) - OF_BONDS @ r0) ** 2
+    phi = jnp.arccos(dot(a, b) / (norm(a) * norm(b)))
+    angles = BEND * (phi - OF_ANGLES @ phi0) ** 2
+    axis = v / norm(v)[:, None]
+    u, w = (side - dot(side, axis)[:, None] * axis for side in (u, w))
+    c = dot(u, w) / (norm(u) * norm(w))
+    torsions = V1 * (1 + c) / 2 + V2 * (1 - c**2) + V3 * (1 - 3 * c + 4 * c**3) / 2
+    squares = OF_FAR @ jnp.stack([s[0] ** 2, s[0] * s[1], s[1] ** 2])
+    q = (squares / dot(far, far)) ** 3
+    return sum(map(jnp.sum, (bonds, angles, torsions, DEPTH * (q**2 - q))))
+
+
+def placement(x):
+    """Return what fixes place and orientation of every molecule: zero at the minimum."""
+    return 50 * (jnp.sum((MEAN @ x) ** 2) + jnp.sum((MEAN @ jnp.cross(START, x)) ** 2))
+
+
+def placed_energy(x, theta):
+    """Return the inner objective."""
+    return energy(x, theta) + placement(x)
+
+
+def distances(x):
+    """Return the distance between every two atoms of the same molecule."""
+    return norm(x[PAIRS[:, 0]] - x[PAIRS[:, 1]])
+
+
+@jax.jit
+def evaluate(theta, measured):
+    """Return the outer objective, the relaxed atoms, and the hypergradient."""
+
+    def objective(theta):
+        x = dl.minimize(placed_energy, jnp.asarray(START), theta, max_steps=5000).value
+        return jnp.sum((FITTED * (distances(x) - measured) / DELTA) ** 2) / 2, x
+
+    (value, x), gradient = jax.value_and_grad(objective, has_aux=True)(theta)
+    return value, x, gradient
+
+
+# What follows builds the molecules, checks, fits and draws.
+
+PARAMETERS = ("r₀ CC", "r₀ CH", "φ₀ CCC", "φ₀ CCH", "φ₀ HCH", "s C", "s H")  # Å and degrees
+HIDDEN = np.array([1.529, 1.090, 112.7, 110.7, 107.8, 3.50, 2.50])
 # Carbon atoms on a diamond lattice: bonds lead from even sites to odd ones along these vectors.
 LATTICE = np.array([(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
 MOLECULES = {
@@ -59,11 +122,6 @@ MOLECULES = {
     "isobutane": [(0, 0, 0), (1, 1, 1), (1, -1, -1), (-1, 1, -1)],
     "hexamethylethane": [(0, 0, 0), *map(tuple, LATTICE), (0, 2, 2), (2, 0, 2), (2, 2, 0)],
 }
-PARAMETERS = ("r₀ CC", "r₀ CH", "φ₀ CCC", "φ₀ CCH", "φ₀ HCH", "s C", "s H")  # Å and degrees
-HIDDEN = np.array([1.529, 1.090, 112.7, 110.7, 107.8, 3.50, 2.50])
-GUESS = np.array([1.600, 1.000, 109.5, 109.5, 109.5, 3.20, 2.80])
-SCALE = np.array([0.02, 0.02, 3.0, 3.0, 3.0, 0.3, 0.3])
-DELTA = 0.003
 
 
 def build():
@@ -139,59 +197,6 @@ STRETCH, BEND = OF_BONDS @ [268.0, 340.0], OF_ANGLES @ [58.35, 37.5, 33.0]
 TORSION = np.array([[1.740, 0, 0], [-0.157, 0, 0], [0.279, 0.366, 0.318]])
 V1, V2, V3 = TORSION @ kinds(TORSIONS[:, [0, 3]], 3).T
 DEPTH = 4 * SHARES * (OF_FAR @ np.sqrt([0.066**2, 0.066 * 0.030, 0.030**2]))
-
-
-def dot(a, b):
-    """Return the inner products of the rows."""
-    return jnp.sum(a * b, axis=1)
-
-
-def norm(a):
-    """Return the lengths of the rows."""
-    return jnp.sqrt(dot(a, a))
-
-
-def energy(x, theta):
-    """Return the energy in kcal/mol, without what fixes place and orientation."""
-    r0, phi0, s = theta[:2], jnp.deg2rad(theta[2:5]), theta[5:]
-    bond, a, b, u, v, w, far = jnp.split(x[TO] - x[FROM], ENDS)
-    bonds = STRETCH * (norm(bond) - OF_BONDS @ r0) ** 2
-    phi = jnp.arccos(dot(a, b) / (norm(a) * norm(b)))
-    angles = BEND * (phi - OF_ANGLES @ phi0) ** 2
-    axis = v / norm(v)[:, None]
-    u, w = (side - dot(side, axis)[:, None] * axis for side in (u, w))
-    c = dot(u, w) / (norm(u) * norm(w))
-    torsions = V1 * (1 + c) / 2 + V2 * (1 - c**2) + V3 * (1 - 3 * c + 4 * c**3) / 2
-    squares = OF_FAR @ jnp.stack([s[0] ** 2, s[0] * s[1], s[1] ** 2])
-    q = (squares / dot(far, far)) ** 3
-    return sum(map(jnp.sum, (bonds, angles, torsions, DEPTH * (q**2 - q))))
-
-
-def placement(x):
-    """Return what fixes place and orientation of every molecule: zero at the minimum."""
-    return 50 * (jnp.sum((MEAN @ x) ** 2) + jnp.sum((MEAN @ jnp.cross(START, x)) ** 2))
-
-
-def placed_energy(x, theta):
-    """Return the inner objective."""
-    return energy(x, theta) + placement(x)
-
-
-def distances(x):
-    """Return the distance between every two atoms of the same molecule."""
-    return norm(x[PAIRS[:, 0]] - x[PAIRS[:, 1]])
-
-
-@jax.jit
-def evaluate(theta, measured):
-    """Return the outer objective, the relaxed atoms, and the hypergradient."""
-
-    def objective(theta):
-        x = dl.minimize(placed_energy, jnp.asarray(START), theta, max_steps=5000).value
-        return jnp.sum((FITTED * (distances(x) - measured) / DELTA) ** 2) / 2, x
-
-    (value, x), gradient = jax.value_and_grad(objective, has_aux=True)(theta)
-    return value, x, gradient
 
 
 def check_gradient(theta, measured):

@@ -78,11 +78,6 @@ def trusted_loss(w, theta):
     return jnp.mean(cross_entropies(w, TRUSTED))
 
 
-def accuracy(w):
-    """Return the share of test images classified correctly."""
-    return float(jnp.mean(jnp.argmax(TEST[0] @ w, axis=1) == TEST[1]))
-
-
 def clean(num_steps):
     """Learn `theta` by gradient descent with warm starts; return it and what every step showed.
 
@@ -107,6 +102,14 @@ def clean(num_steps):
             f"{error:18.1e}"
         )
     return np.asarray(theta), np.asarray(rows)
+
+
+# What follows checks, compares and draws.
+
+
+def accuracy(w):
+    """Return the share of test images classified correctly."""
+    return float(jnp.mean(jnp.argmax(TEST[0] @ w, axis=1) == TEST[1]))
 
 
 @jax.jit

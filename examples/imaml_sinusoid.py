@@ -41,8 +41,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 NUM_TASKS, SHOTS, LAMBDA = 25, 10, 2.0
 SIZES = (1, 40, 40, 1)
-IMAML = "iMAML: implicit L-BFGS, default"
-RATE = 0.002  # with and without momentum the best of 0.001, 0.002 and 0.004, for 300 steps
 
 
 def initialize(key):
@@ -62,16 +60,6 @@ def predict(weights, x):
     for V, a in hidden:
         h = jnp.tanh(h @ V + a)
     return (h @ W + b)[:, 0]
-
-
-def sample(key):
-    """Return a batch of tasks: points to adapt to and points to judge by, and A and φ."""
-    keys = jax.random.split(key, 3)
-    A = jax.random.uniform(keys[0], (NUM_TASKS, 1), minval=0.1, maxval=5)
-    phase = jax.random.uniform(keys[1], (NUM_TASKS, 1), maxval=np.pi)
-    x = jax.random.uniform(keys[2], (NUM_TASKS, 2 * SHOTS), minval=-5, maxval=5)
-    y = A * jnp.sin(x + phase)
-    return ((x[:, :SHOTS], y[:, :SHOTS]), (x[:, SHOTS:], y[:, SHOTS:])), (A, phase)
 
 
 def error(weights, points):
@@ -102,6 +90,19 @@ def compiled(solver, tasks):
     return jax.jit(jax.vmap(gradient, (None, 0))).lower(START, tasks).compile()
 
 
+# What follows makes the tasks, trains, checks, compares and draws.
+
+
+def sample(key):
+    """Return a batch of tasks: points to adapt to and points to judge by, and A and φ."""
+    keys = jax.random.split(key, 3)
+    A = jax.random.uniform(keys[0], (NUM_TASKS, 1), minval=0.1, maxval=5)
+    phase = jax.random.uniform(keys[1], (NUM_TASKS, 1), maxval=np.pi)
+    x = jax.random.uniform(keys[2], (NUM_TASKS, 2 * SHOTS), minval=-5, maxval=5)
+    y = A * jnp.sin(x + phase)
+    return ((x[:, :SHOTS], y[:, :SHOTS]), (x[:, SHOTS:], y[:, SHOTS:])), (A, phase)
+
+
 @jax.jit
 def loss_before(meta, tasks):
     """Return the mean query loss without adaptation."""
@@ -127,6 +128,10 @@ def train(program, num_steps):
             print(f"{k + 1:9d} {before:18.3f} {after:17.3f} {num_failed:7d}", flush=True)
     print(f"tasks left out, failed: {num_failed} of {num_steps * NUM_TASKS}")
     return meta
+
+
+IMAML = "iMAML: implicit L-BFGS, default"
+RATE = 0.002  # with and without momentum the best of 0.001, 0.002 and 0.004, for 300 steps
 
 
 @jax.jit

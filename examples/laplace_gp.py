@@ -92,30 +92,7 @@ def evidence(theta):
     return laplace(mode(factor(theta)).value, theta)
 
 
-@functools.partial(jax.jit, static_argnames="memory_sizes")
-def fit(theta, memory_sizes):
-    """Return the factor of the kernel matrix, the mode, and the covariances found by L-BFGS."""
-    L = factor(theta)
-    solutions = {memory_size: mode(L, memory_size) for memory_size in memory_sizes}
-    covariances = {
-        memory_size: dl.inverse_hessian_operator(solution.state).as_matrix()
-        for memory_size, solution in solutions.items()
-    }
-    return L, solutions[memory_sizes[0]].value, covariances
-
-
-def check_gradient(theta, memory_sizes):
-    """Return the relative errors of the hypergradient with and without the mode's derivative."""
-    h, differences = 1e-3, []
-    for name in theta:
-        f = [float(evidence({**theta, name: theta[name] + k * h})[0]) for k in (-2, -1, 1, 2)]
-        differences.append((f[0] - 8 * f[1] + 8 * f[2] - f[3]) / (12 * h))
-    z = fit(theta, memory_sizes)[1]
-    errors = []
-    for gradient in (evidence(theta)[1], jax.jit(jax.grad(laplace, argnums=1))(z, theta)):
-        found = np.array([float(gradient[name]) for name in theta])
-        errors.append(np.linalg.norm(found - differences) / np.linalg.norm(differences))
-    return errors
+# What follows learns, predicts, checks and draws.
 
 
 def learn(max_steps):
@@ -146,6 +123,32 @@ def predict(points, theta, L, z):
     outside = jnp.exp(2 * theta["amplitude"]) - jnp.sum(across**2, axis=0)
     variance = outside + jnp.sum(across * jnp.linalg.solve(precision(z, L), across), axis=0)
     return jax.nn.sigmoid(across.T @ z / jnp.sqrt(1 + jnp.pi * variance / 8)), variance
+
+
+@functools.partial(jax.jit, static_argnames="memory_sizes")
+def fit(theta, memory_sizes):
+    """Return the factor of the kernel matrix, the mode, and the covariances found by L-BFGS."""
+    L = factor(theta)
+    solutions = {memory_size: mode(L, memory_size) for memory_size in memory_sizes}
+    covariances = {
+        memory_size: dl.inverse_hessian_operator(solution.state).as_matrix()
+        for memory_size, solution in solutions.items()
+    }
+    return L, solutions[memory_sizes[0]].value, covariances
+
+
+def check_gradient(theta, memory_sizes):
+    """Return the relative errors of the hypergradient with and without the mode's derivative."""
+    h, differences = 1e-3, []
+    for name in theta:
+        f = [float(evidence({**theta, name: theta[name] + k * h})[0]) for k in (-2, -1, 1, 2)]
+        differences.append((f[0] - 8 * f[1] + 8 * f[2] - f[3]) / (12 * h))
+    z = fit(theta, memory_sizes)[1]
+    errors = []
+    for gradient in (evidence(theta)[1], jax.jit(jax.grad(laplace, argnums=1))(z, theta)):
+        found = np.array([float(gradient[name]) for name in theta])
+        errors.append(np.linalg.norm(found - differences) / np.linalg.norm(differences))
+    return errors
 
 
 def compare_covariances(L, z, covariances):

@@ -37,16 +37,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 START = jnp.zeros(10)
-ROUNDING = 100 * np.finfo(float).eps
-
-
-def sample(seed):
-    """Return features and targets, a fifth of which are outliers."""
-    keys = jax.random.split(jax.random.split(jax.random.key(7), 6)[seed], 6)
-    X = jax.random.normal(keys[0], (200, 10))
-    y = X @ jax.random.normal(keys[1], (10,)) + 0.1 * jax.random.normal(keys[2], (200,))
-    outlier = jax.random.bernoulli(keys[3], 0.2, (200,))
-    return X, y + outlier * (10 + 10 * jax.random.normal(keys[4], (200,)))
 
 
 def absolute(w, data):
@@ -59,6 +49,41 @@ def redescending(w, data):
     """Return the mean of Cauchy's loss, with scale 0.1."""
     X, y = data
     return jnp.mean(jnp.log1p((X @ w - y) ** 2 / 0.01))
+
+
+def watched(fun, data, search, num_steps):
+    """Run `minimize`; return the solution and, step by step, what the callback saw."""
+    rows = []
+
+    def record(step):
+        row = float(step.objective), float(step.step_size), int(step.num_fun_evals)
+        rows.append(row)
+
+    solution = dl.minimize(
+        fun,
+        START,
+        data,
+        solver=dl.LBFGS(linesearch=search),
+        max_steps=num_steps,
+        throw=False,
+        callback=record,
+    )
+    jax.effects_barrier()
+    return solution, np.asarray([(float(fun(START, data)), 1.0, 0), *rows])
+
+
+# What follows checks, compares and draws.
+
+ROUNDING = 100 * np.finfo(float).eps
+
+
+def sample(seed):
+    """Return features and targets, a fifth of which are outliers."""
+    keys = jax.random.split(jax.random.split(jax.random.key(7), 6)[seed], 6)
+    X = jax.random.normal(keys[0], (200, 10))
+    y = X @ jax.random.normal(keys[1], (10,)) + 0.1 * jax.random.normal(keys[2], (200,))
+    outlier = jax.random.bernoulli(keys[3], 0.2, (200,))
+    return X, y + outlier * (10 + 10 * jax.random.normal(keys[4], (200,)))
 
 
 def plain(fun, data, search, num_steps):
@@ -87,27 +112,6 @@ def plain(fun, data, search, num_steps):
 
     values, evaluations, weights = run(START)
     return np.asarray([loss(START), *values]), np.asarray(evaluations), float(jnp.min(weights))
-
-
-def watched(fun, data, search, num_steps):
-    """Run `minimize`; return the solution and, step by step, what the callback saw."""
-    rows = []
-
-    def record(step):
-        row = float(step.objective), float(step.step_size), int(step.num_fun_evals)
-        rows.append(row)
-
-    solution = dl.minimize(
-        fun,
-        START,
-        data,
-        solver=dl.LBFGS(linesearch=search),
-        max_steps=num_steps,
-        throw=False,
-        callback=record,
-    )
-    jax.effects_barrier()
-    return solution, np.asarray([(float(fun(START, data)), 1.0, 0), *rows])
 
 
 def report(name, values, evaluations, weight, solution, rows):

@@ -68,6 +68,9 @@ def contact_force(shape, side):
     return jnp.sum(forces(obstacle(shape, side)))
 
 
+# What follows checks, compares and draws.
+
+
 def main():
     """Solve, differentiate, compare, draw."""
     parser = argparse.ArgumentParser(description=__doc__)

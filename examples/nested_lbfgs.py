@@ -67,6 +67,14 @@ def nested(theta, _=None):
 OUTER = dl.LBFGS(rtol=1e-4, polish=0)
 
 
+def tuned(max_steps):
+    """Return the solution of the outer problem: `minimize` inside `minimize`."""
+    return dl.minimize(nested, THETA, solver=OUTER, max_steps=max_steps, throw=False)
+
+
+# What follows checks, compares and draws.
+
+
 def tune(max_steps):
     """Minimize over theta, printing what every outer step spends on the inner level.
 
@@ -152,7 +160,7 @@ def main():
     options = parser.parse_args()
     max_steps = 5 if options.quick else 200
     solution, history = tune(max_steps)
-    plain = dl.minimize(nested, THETA, solver=OUTER, max_steps=max_steps, throw=False)
+    plain = tuned(max_steps)
     apart = float(jnp.linalg.norm(plain.value - solution.value) / jnp.linalg.norm(solution.value))
     print(f"minimize inside minimize gives the same decays to {apart:.0e}")
     values = adam(history[-1][0])

@@ -43,11 +43,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-DURATION, STEPS, NOISE = (
-    3.0,
-    12,
-    0.05,
-)  # the step, 1/4, is a binary fraction: no rounding adds a 13th
+# The step, 1/4, is a binary fraction: no rounding adds a 13th.
+DURATION, STEPS, NOISE = 3.0, 12, 0.05
 TIMES = jnp.linspace(0, DURATION, STEPS + 1)[1:]
 MODEL = eqx.nn.MLP(2, 2, width_size=16, depth=2, activation=jnp.tanh, key=jax.random.key(0))
 THETA = jnp.log(jnp.full(3, 3e-3))
@@ -77,22 +74,6 @@ def integrate(field, starts, adjoint):
     return solution.ys
 
 
-def lotka_volterra(y):
-    """Return the true right-hand side."""
-    return jnp.stack([1.5 - jnp.exp(y[1]), jnp.exp(y[0]) - 1])
-
-
-def sample(key, number):
-    """Return starting points and what was observed of their trajectories."""
-    of_start, of_noise = jax.random.split(key)
-    starts = 0.6 * jax.random.normal(of_start, (number, 2))
-    truth = integrate(lotka_volterra, starts, DIRECT)
-    return starts, truth + NOISE * jax.random.normal(of_noise, truth.shape)
-
-
-TRAIN, VALID = sample(jax.random.key(1), 16), sample(jax.random.key(2), 16)
-
-
 def error(model, data, adjoint: diffrax.AbstractAdjoint = DIRECT):
     """Return the mean squared error of a model's trajectories."""
     starts, observed = data
@@ -103,20 +84,6 @@ def objective(model, theta, adjoint: diffrax.AbstractAdjoint = DIRECT):
     """Return the error on the training data and the weight decay, a layer's by its own θ."""
     sizes = [jnp.sum(layer.weight**2) + jnp.sum(layer.bias**2) for layer in model.layers]
     return error(model, TRAIN, adjoint) + jnp.dot(jnp.exp(theta), jnp.stack(sizes)) / 2
-
-
-def show_what_needs_care():
-    """Print how Optax takes the model, and how `minimize` takes Diffrax's default adjoint."""
-    model: Any = MODEL
-    try:
-        optax.lbfgs().init(model)
-    except Exception as problem:
-        print(f"optax.lbfgs().init(model): {type(problem).__name__}: {str(problem)[:90]}")
-    other = diffrax.RecursiveCheckpointAdjoint()
-    try:
-        dl.minimize(lambda model, theta: objective(model, theta, other), MODEL, THETA)
-    except TypeError as problem:
-        print(f"minimize, {type(other).__name__}: TypeError: {problem}")
 
 
 def compiled(history):
@@ -135,6 +102,39 @@ def compiled(history):
 
     program: Any = eqx.filter_jit(jax.value_and_grad(outer, has_aux=True))
     return program.lower(THETA, MODEL).compile()
+
+
+# What follows makes the data, checks, compares and draws.
+
+
+def lotka_volterra(y):
+    """Return the true right-hand side."""
+    return jnp.stack([1.5 - jnp.exp(y[1]), jnp.exp(y[0]) - 1])
+
+
+def sample(key, number):
+    """Return starting points and what was observed of their trajectories."""
+    of_start, of_noise = jax.random.split(key)
+    starts = 0.6 * jax.random.normal(of_start, (number, 2))
+    truth = integrate(lotka_volterra, starts, DIRECT)
+    return starts, truth + NOISE * jax.random.normal(of_noise, truth.shape)
+
+
+TRAIN, VALID = sample(jax.random.key(1), 16), sample(jax.random.key(2), 16)
+
+
+def show_what_needs_care():
+    """Print how Optax takes the model, and how `minimize` takes Diffrax's default adjoint."""
+    model: Any = MODEL
+    try:
+        optax.lbfgs().init(model)
+    except Exception as problem:
+        print(f"optax.lbfgs().init(model): {type(problem).__name__}: {str(problem)[:90]}")
+    other = diffrax.RecursiveCheckpointAdjoint()
+    try:
+        dl.minimize(lambda model, theta: objective(model, theta, other), MODEL, THETA)
+    except TypeError as problem:
+        print(f"minimize, {type(other).__name__}: TypeError: {problem}")
 
 
 def adam(num_steps):

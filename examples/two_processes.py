@@ -36,7 +36,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-PROCESSES, DEVICES = 2, 4
 START = {"W": np.zeros((64, 10)), "b": np.zeros(10)}
 THETA = np.full(64, -4.0)
 
@@ -74,6 +73,11 @@ def hypergradient(data, max_steps=1000, throw=True):
         jax.value_and_grad(lambda theta, data: outer(theta, data, max_steps, throw), has_aux=True)
     )
     return step.lower(THETA, data).compile()
+
+
+# What follows starts the processes, compares and draws.
+
+PROCESSES, DEVICES = 2, 4
 
 
 def work(number, coordinator, results):

@@ -3,7 +3,7 @@
 Minimizer and adjoint are solved loosely, and the error of the hypergradient is estimated
 (`_certificate`). If it is too large, the Newton step of the estimate is taken, and the error
 estimated where it leads, with the Hessian of the first point: the step that shows an error of ten
-times what was wanted has as good as removed it. Where the step does not contract, the minimizer is
+times what was wanted has as good as removed it. If the step does not contract, the minimizer is
 not near enough. Then the search goes on, to a tolerance a hundred times smaller.
 
 M. J. Ehrhardt and L. Roberts, Analyzing inexact hypergradients for bilevel learning, IMA Journal of

@@ -1,10 +1,12 @@
 """The choices that a user has in differentiating the minimizer."""
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from difflbfgs import _symmetric, _vector
@@ -31,9 +33,11 @@ class _Exact(AbstractAdjoint):
     """The settings that `ImplicitAdjoint` and `ForwardImplicitAdjoint` share."""
 
     linear_solver: lx.AbstractLinearSolver | None = None
-    rtol: Any = None
-    ridge: Any = 0.0
-    preconditioner: Any = None
+    rtol: ArrayLike | None = None
+    ridge: ArrayLike = 0.0
+    preconditioner: (
+        Literal["lbfgs"] | Callable[[PyTree, PyTree], lx.AbstractLinearOperator] | None
+    ) = None
     approximate: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self):
@@ -55,32 +59,32 @@ class _Exact(AbstractAdjoint):
     ) -> tuple[PyTree, Report]:
         """Solve `A u = b` for a symmetric operator, with all that the adjoint checks.
 
-        The solver, its tolerance and a `ridge` are those of this adjoint. Of a Hessian with
-        `active` variables (`hessian_operator`) the block of the others is solved, and `u` is zero
-        at the active ones, whatever `b` is there. `u` is differentiable by `b` and by the operator,
-        as often as wanted and in both modes.
-
-        Cost: that of one adjoint. Up to 64 entries the matrix is assembled and factorised once,
-        for any number of right-hand sides under `jax.vmap`.
+        The solver, its tolerance and a `ridge` are those of this adjoint. `u` is differentiable by
+        `b` and by the operator, as often as wanted and in both modes.
 
         Args:
             operator: a real Lineax operator tagged symmetric or positive semidefinite, such as that
-                of `hessian_operator`.
+                of `hessian_operator`. With `active` variables the block of the others is solved.
             b: right-hand side, in the structure of the operator's vectors.
             throw: raise if the system was not solved. If `False`, `u` is NaN then.
 
         Returns:
-            `u`, and a report: its `result` is `successful`, `adjoint_not_converged`,
-            `nonfinite_hessian` or `indefinite_hessian`; `residual` is `‖b - A u‖ / ‖b‖`, recomputed
-            `num_steps` are the steps of the linear solver; `min_curvature` and `max_curvature` are
-            the extreme curvatures of `A` that it saw. All but the count are those in scaled
-            variables if rows of `A` differ by orders of magnitude.
+            `u`, which is zero at active variables, and a report. Its `result` is `successful`,
+            `adjoint_not_converged`, `nonfinite_hessian` or `indefinite_hessian`; `residual` is
+            `‖b - A u‖ / ‖b‖`, recomputed; `num_steps` are the steps of the linear solver;
+            `min_curvature` and `max_curvature` are the extreme curvatures of `A` that it saw. All
+            but the count are those in scaled variables if rows of `A` differ by orders of
+            magnitude.
 
         Raises:
             TypeError: if `operator` is not a symmetric Lineax operator.
             ValueError: if `b` does not fit, a value is complex, or there is a `preconditioner`,
                 which belongs to a solve.
             RuntimeError: if the system was not solved and `throw` is set.
+
+        Note:
+            It costs what one adjoint does. Up to 64 entries the matrix is assembled and factorised
+            once, for any number of right-hand sides under `jax.vmap`.
 
         Examples:
             >>> import jax.numpy as jnp, difflbfgs as dl
@@ -122,36 +126,33 @@ class _Exact(AbstractAdjoint):
 class ImplicitAdjoint(_Exact):
     """Reverse-mode derivative of the minimizer by the implicit function theorem.
 
-    For a cotangent `v` of the minimizer it solves `H u = v` with the Hessian `H` of the objective
-    and returns `-Bᵀ u`, where `B` is the derivative of the gradient by `theta`. `jax.grad`,
-    `jax.jacrev`, `jax.hessian`, `jax.vmap` and `jax.jit` work in any order; only a bare `jax.jvp`
-    needs `ForwardImplicitAdjoint`.
-
-    Cost: up to 64 variables `n` Hessian-vector products, batched, and a Cholesky factorisation,
-    for any number of cotangents; beyond that as many products as conjugate gradients takes, for
-    each cotangent, and memory for a few vectors. No iteration of the solver is stored or repeated.
+    For a cotangent `v` it solves `H u = v` with the Hessian `H` and returns `-Bᵀ u`, `B = ∂_θ∇ₓf`.
+    `jax.grad`, `jax.jacrev`, `jax.hessian`, `jax.vmap` and `jax.jit` work in any order.
 
     Args:
-        linear_solver: any Lineax solver. `None`: the choice above.
-        rtol: relative residual `‖v - H u‖ / ‖v‖` above which the adjoint has not converged. It is
-            recomputed from the solution, in scaled variables if their rows of `H` differ by orders
-            of magnitude. `None`: follow the forward solve, whose relative error `a` in the energy
-            norm says what more would be wasted. Aim for `a / 10`, but at least for 1e-2 and at most
-            for 3e-11 in float64 and 3e-6 in float32, and accept what was aimed for or the square
-            root of the machine epsilon. With `approximate` always aim for the latter of the two
-            bounds.
+        linear_solver: any Lineax solver. `None`: Cholesky's factorisation up to 64 variables, and
+            conjugate gradients beyond.
+        rtol: relative residual `‖v - H u‖ / ‖v‖` above which the adjoint has not converged. `None`:
+            follow the forward solve.
         ridge: added to the diagonal of `H`.
-        preconditioner: for conjugate gradients, which is then used at any size. `"lbfgs"`: the
-            inverse Hessian that the solve left in its memory. Or a function `(x, theta) -> P` to a
-            positive definite Lineax operator that approximates `H⁻¹`, on PyTrees like the inexact
-            leaves of `x0` or on flat vectors of all their entries. On scikit-learn's digits with
-            weight decays of e⁻⁴, e⁻⁶ and e⁻⁹, `"lbfgs"` took 58, 72 and 114 products instead of 65,
-            85 and 124 with `memory_size=10`, and 34, 61 and 74 with `memory_size=100`.
+        preconditioner: `"lbfgs"`, the memory of the solve, or a function `(x, theta) -> P` to a
+            positive definite Lineax operator `P ≈ H⁻¹`: for conjugate gradients, at any size.
         approximate: differentiate wherever the solver stopped, as if that were a minimizer.
 
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if `rtol` or `ridge` is negative.
+
+    Note:
+        Only a bare `jax.jvp` or `jax.jacfwd` needs `ForwardImplicitAdjoint`.
+
+        Up to 64 variables `n` it costs `n` Hessian-vector products, batched, and a factorisation,
+        for any number of cotangents. Beyond that it costs as many products as conjugate gradients
+        takes, for each cotangent, and memory for a few vectors.
+
+        The residual is recomputed from the solution, in scaled variables if their rows of `H`
+        differ by orders of magnitude. `P` is an operator on PyTrees like the inexact leaves of
+        `x0`, or on flat vectors of all their entries.
     """
 
 
@@ -173,26 +174,8 @@ class ForwardImplicitAdjoint(_Exact):
 class QuasiNewtonAdjoint(AbstractAdjoint):
     """An approximate derivative: the memory of the forward solve stands in for `H⁻¹` (SHINE).
 
-    It takes `u = P v` for the solution of `H u = v`, where `P` is the L-BFGS inverse Hessian that
-    the solve left in its memory, newest pair included, and improves that by `refine` steps of
-    conjugate gradients preconditioned with `P`. There is no test of convergence. Second derivatives
-    take `P` for `H⁻¹` wherever that occurs, and are approximate in the same way.
-
-    Cost: no Hessian-vector product with `refine=0`, else `refine + 1`, against the 28 to 124 of
-    `ImplicitAdjoint` on the problems below.
-
-    Error: measured relative error of the hypergradient (`benchmarks/adjoints.py`: softmax
-    regression at decays of e⁻⁴, e⁻⁶ and e⁻⁹, a small network, hyper-cleaning, distillation; best
-    to worst problem):
-
-    | `refine` | `memory_size=10` | `memory_size=100` |
-    |---|---|---|
-    | 0 | 0.3 to 2.2 | 0.2 to 0.9 |
-    | 5 | 0.007 to 0.9 | 0.002 to 0.3 |
-    | 10 | 5e-5 to 0.5 | 3e-6 to 0.05 |
-
-    It is a choice for early outer steps, where the direction is all that counts. The error estimate
-    of `value_and_hypergrad` says how wrong it is.
+    It takes `u = P v` for the solution of `H u = v`, with the L-BFGS inverse Hessian `P`, and
+    improves that by `refine` steps of conjugate gradients preconditioned with `P`.
 
     Args:
         refine: number of conjugate gradient steps.
@@ -201,15 +184,18 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
         TypeError: if `refine` is not an integer.
         ValueError: if it is negative.
 
+    Note:
+        It costs no Hessian-vector product with `refine=0`, else `refine + 1`. There is no test of
+        convergence; the error estimate of `value_and_hypergrad` says how wrong it is, and
+        docs/choosing.md how wrong it was. Second derivatives are approximate in the same way.
+
     References:
         Z. Ramzi et al., SHINE: sharing the inverse estimate from the forward pass for bi-level
         optimization and implicit models, ICLR 2022.
     """
 
     refine: int = eqx.field(default=0, static=True)
-    ridge: ClassVar[Any] = 0.0
-    preconditioner: ClassVar[Any] = "lbfgs"
-    approximate: ClassVar[Any] = False
+    preconditioner: ClassVar[str] = "lbfgs"
 
     def __check_init__(self):
         check_natural_number("refine", self.refine)

@@ -71,7 +71,7 @@ class Estimate(eqx.Module):
     """What a Newton step says of a guess.
 
     Attributes:
-        error: the estimate; infinite where it does not hold.
+        error: the estimate; infinite if it does not hold.
         after: the guess that it leads to.
         inner, adjoint: how the systems for `x` and for `u` were solved.
     """

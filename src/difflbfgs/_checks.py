@@ -42,7 +42,7 @@ def check_natural_number(name: str, value: Any) -> None:
 
 
 def check_tolerance(name: str, value: Any, optional: bool = False) -> None:
-    """Raise unless `value` is a nonnegative real scalar, or `None` where that is allowed."""
+    """Raise unless `value` is a nonnegative real scalar, or `None` if that is allowed."""
     if optional and value is None:
         return
     alternative = " or None for the default" if optional else ""

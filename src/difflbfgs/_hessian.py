@@ -25,36 +25,33 @@ def hessian_operator(
 ) -> lx.AbstractLinearOperator:
     """Return the Hessian of `fun(x, theta)` by `x`, as a Lineax operator.
 
-    `H = ∇²ₓₓf(x, θ)` is exact, and differentiable by `x` and by `theta`. At a minimizer its inverse
-    is what statistics are made of: with a negative log-likelihood for `f` the covariance of the
-    estimate is `H⁻¹`. `ImplicitAdjoint().solve(H, b)` solves with it and verifies the solution.
-
-    With `active` variables, those that a bound holds, `H` is `F ∇²f F` with `F` zero at the active
-    variables and the identity elsewhere. So their rows and columns are zero, in products and in
-    `as_matrix()`, and `ImplicitAdjoint().solve(H, b)` is the solution of the block of the others,
-    and zero at the active ones.
-
-    A product costs about two gradients, `as_matrix()` one product for each variable, batched.
-
-    `H` is tagged symmetric, and not positive semidefinite, as `x` may be any point. Where that is
-    known, `lineax.TaggedLinearOperator(H, lineax.positive_semidefinite_tag)` lets `lineax.CG` work.
+    `H = ∇²ₓₓf(x, θ)` is exact, and differentiable by `x` and by `theta`. For a negative
+    log-likelihood `f` the covariance of the estimate is `H⁻¹`.
 
     Args:
         fun: the objective, `fun(x, theta)`, as for `minimize`.
         x: the point, any PyTree. Its floating-point leaves are the variables.
         theta: any PyTree.
-        active: integer or Boolean leaves in the shapes of the variables, not zero where a variable
-            is active, and `None` for other leaves of `x`. `None`: no variable is.
+        active: integer or Boolean leaves in the shapes of the variables, not zero if a bound holds
+            one, and `None` for other leaves of `x`. `None`: none is held.
         has_aux: whether `fun` returns an auxiliary output as well, which is ignored.
 
     Returns:
         A symmetric operator on PyTrees like `eqx.filter(x, eqx.is_inexact_array)`, in the working
-        dtype: that to which the leaves promote, float32 at least.
+        dtype: that to which the leaves promote, float32 at least. Rows and columns of active
+        variables are zero.
 
     Raises:
         TypeError: if an argument has the wrong type, `fun` returns something else, or has no
             Hessian-vector products.
         ValueError: if `x` has no floating-point leaf or a complex one, or `active` does not fit.
+
+    Note:
+        `ImplicitAdjoint().solve(H, b)` solves with it and verifies the solution; with active
+        variables it solves the block of the others. As `x` may be any point, `H` is not tagged
+        positive semidefinite; `lineax.TaggedLinearOperator` does that.
+
+        A product costs about two gradients, `as_matrix()` one product for each variable, batched.
 
     Examples:
         The standard errors of a logistic regression, their derivative, and `log det H`.

@@ -8,11 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from difflbfgs import _certificate, _rule
 from difflbfgs._accuracy import Wanted, accurate
-from difflbfgs._adjoint import ImplicitAdjoint
+from difflbfgs._adjoint import ForwardImplicitAdjoint, ImplicitAdjoint, QuasiNewtonAdjoint
 from difflbfgs._certificate import Certified, certified
 from difflbfgs._checks import (
     check_callable,
@@ -27,10 +28,11 @@ from difflbfgs._lbfgs import LBFGS
 from difflbfgs._loop import State
 from difflbfgs._minimize import check_watchers, make_solution, make_task, with_bounds
 from difflbfgs._problem import Problem, make_problem, make_variables, split_theta
-from difflbfgs._solution import Solution, short_errors
+from difflbfgs._solution import RESULTS, Solution, short_errors
 from difflbfgs._system import AbstractAdjoint
 from difflbfgs._task import Task
 from difflbfgs._vector import Scalar, Vector
+from difflbfgs._watch import Step
 
 
 class HypergradState(eqx.Module):
@@ -47,24 +49,23 @@ class HypergradInfo(eqx.Module):
         solution: the inner `Solution`.
         state: hand it to the next call for a warm start: minimizer, curvature pairs and adjoint
             vector.
-        result: how the inner solve ended or, if that converged, the adjoint solve; `uncertified` if
-            both converged and the error estimate is infinite, `accuracy_not_reached` if it is
-            above what was asked for.
-        num_adjoint_steps: steps of the adjoint's linear solver; with conjugate gradients, products
-            with the Hessian, with a dense factorisation the number of variables.
-        num_estimate_steps: the same for `error_estimate`; 0 where the adjoint's factor serves.
+        result: how the inner solve ended or, if that converged, the adjoint solve, or the estimate
+            (`uncertified`, `accuracy_not_reached`); a member of `difflbfgs.RESULTS`.
+        num_adjoint_steps: steps of the adjoint's linear solver: products with the Hessian, or with
+            a dense factorisation the number of variables.
+        num_estimate_steps: the same for `error_estimate`; 0 if the adjoint's factor serves.
         adjoint_residual: `‖∇ₓF - H u‖ / ‖∇ₓF‖`, recomputed from `u`; of scaled variables if their
             rows of `H` differ by orders of magnitude.
-        error_estimate: estimated 2-norm of `grad - exact`, over all leaves; infinite where the
-            estimate does not hold. See `value_and_hypergrad`.
-        min_curvature: smallest eigenvalue of `H` up to 64 variables, else the smallest curvature
-            seen, an upper bound of it. Negative: the solution is not a minimum.
+        error_estimate: estimated 2-norm of `grad - exact`, over all leaves; infinite if the
+            estimate does not hold.
+        min_curvature: smallest eigenvalue of `H` up to 64 variables, else an upper bound of it.
+            Negative: the solution is not a minimum.
         max_curvature: largest eigenvalue in magnitude, or a lower bound of it.
     """
 
     solution: Solution
     state: HypergradState
-    result: Any
+    result: RESULTS
     num_adjoint_steps: Int[Array, "*batch"]
     num_estimate_steps: Int[Array, "*batch"]
     adjoint_residual: Float[Array, "*batch"]
@@ -82,81 +83,58 @@ def value_and_hypergrad(
     outer: Callable,
     inner: Callable,
     *,
-    accuracy: Any = None,
-    bounds: Any = None,
+    accuracy: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    bounds: tuple[PyTree, PyTree] | Callable[[PyTree], tuple[PyTree, PyTree]] | None = None,
     solver: LBFGS = LBFGS(),
-    adjoint: AbstractAdjoint = ImplicitAdjoint(),
+    adjoint: ImplicitAdjoint | ForwardImplicitAdjoint | QuasiNewtonAdjoint = ImplicitAdjoint(),
     max_steps: int = 1000,
     throw: bool = True,
-    callback: Callable | None = None,
-    stop: Callable | None = None,
+    callback: Callable[[Step], object] | None = None,
+    stop: Callable[[Step], ArrayLike] | None = None,
 ) -> Callable[..., tuple[Float[Array, ""], PyTree, HypergradInfo]]:
     """Make a function that returns an outer loss, its hypergradient, and an error estimate of it.
 
-    For `x*(θ) = argmin_x f(x, θ)`, `f` being `inner`, and an outer loss `F`, the function returns
-    `F(x*, θ)` and
-
-        dF/dθ = ∂_θF - (∂_θ∇ₓf)ᵀ u,    H u = ∇ₓF,    H = ∇²ₓₓf.
-
-    The gradient is that of `jax.grad` over `minimize`. What is known about it comes in the third
-    value, a `HypergradInfo`.
-
-    The error estimate: `x`, `u` and `dF/dθ` solve `∂L/∂u = 0`, `∂L/∂x = 0`, `dF/dθ = ∂L/∂θ` with
-    `L = F - uᵀ∇ₓf`. One Newton step on the first two, solved by conjugate gradients to a relative
-    residual of 0.1 (up to 64 variables: exactly, with the factor that the adjoint made), leads to
-    `(x₊, u₊)`, and
-
-        error_estimate = ‖∂L/∂θ(x₊, u₊) - ∂L/∂θ(x, u)‖ + eps ‖∂L/∂θ(x, u)‖.
-
-    It counts what the inner solve, the adjoint and a `ridge` left undone and, as the gradient is
-    taken one rounding away from `x`, the effect of rounding. It assumes that `f` is three times
-    differentiable and that `x` is so close to `x*` that a Newton step halves the gradient (or
-    reaches its noise); that is checked. Where it fails, as with an indefinite Hessian or a solve
-    that did not converge, the estimate is infinite, and `info.result` is not `successful`. It is an
-    estimate and not a bound: it is blind to a minimizer that is the wrong one of several, and its
-    term of second order is left out. On 13 problems at four tolerances each
-    (`benchmarks/error_estimate.py`) it was 0.90 to 1.07 times the true error where that is not
-    rounding.
-
-    With `accuracy`, solve and adjoint go on until `error_estimate <= accuracy ‖dF/dθ‖`, and no
-    further: the Newton step of the estimate is taken as long as the error is too large, and where
-    it does not contract the search goes on.
-
-    Cost: that of the gradient, and for the estimate two loose linear solves and a few gradients. In
-    those measurements the two took 0.3 to 0.5 times the products of the adjoint at the default
-    tolerance, and 0.5 to 1.2 times at the loosest; up to 64 variables none. Under `jax.jit` an
-    estimate that is not used is not computed.
+    For `x*(θ) = argmin_x f(x, θ)` it returns `F(x*, θ)` and `dF/dθ = ∂_θF - (∂_θ∇ₓf)ᵀ u`, with
+    `H u = ∇ₓF` and `H = ∇²ₓₓf`, as `jax.grad` over `minimize` does.
 
     Args:
-        outer: the outer loss, `outer(x, theta)`, a real scalar.
-        inner: the inner objective, `inner(x, theta)`, as for `minimize`.
-        accuracy: the error wanted, relative to the 2-norm of the hypergradient, or a pair
-            `(relative, absolute)`, whose errors add up. `solver.rtol` and `polish`, and the
-            adjoint's `rtol` and `ridge`, do not count then. `None`: as exact as these make it.
+        outer: the outer loss `F`, `outer(x, theta)`, a real scalar.
+        inner: the inner objective `f`, `inner(x, theta)`, as for `minimize`.
+        accuracy: error wanted relative to the 2-norm of the hypergradient, or `(relative,
+            absolute)`, which add up. `None`: as exact as `solver` and `adjoint` make it.
         bounds: a pair `(lower, upper)` as for `minimize`, or a function `theta -> (lower, upper)`,
             by which `grad` goes, too.
-        solver: `LBFGS(...)`.
-        adjoint: how `H u = ∇ₓF` is solved: `ImplicitAdjoint(...)` or `QuasiNewtonAdjoint(...)`.
-            `ForwardImplicitAdjoint(...)` does here what the first does.
+        solver: `LBFGS(...)`. With `accuracy`, its `rtol` and `polish` do not count.
+        adjoint: `ImplicitAdjoint(...)`, `QuasiNewtonAdjoint(...)`, or `ForwardImplicitAdjoint(...)`
+            as the first. With `accuracy`, its `rtol` and `ridge` do not count.
         max_steps: bound on the steps of the inner solve.
         throw: raise if the inner solve or the adjoint did not converge, or the accuracy was not
-            reached. If `False`, `info.result` says what happened; the gradient is NaN and the error
-            estimate infinite, but if only the accuracy was not reached both are what was found.
+            reached. If `False`, `info.result` says what happened.
         callback: called after every step of the inner solve, as in `minimize`.
         stop: ends the inner solve, as in `minimize`.
 
     Returns:
-        A function `step(theta, x0, state=None)`, which returns `(value, grad, info)`. `grad` has
-        the structure of `theta`, with `None` for leaves that are not floating-point or complex.
-        `state` is the `info.state` of an earlier call. The function works under `jax.jit` and
-        `jax.vmap`. `value` can be differentiated again, once; the derivative of `grad` and `info`
-        is NaN, and for second derivatives there is `minimize`.
+        A function `step(theta, x0, state=None)`, which returns `(value, grad, info)`, `info` being
+        a `HypergradInfo`. `grad` has the structure of `theta`, with `None` for leaves that are not
+        floating-point or complex. `state` is the `info.state` of an earlier call. The function
+        works under `jax.jit` and `jax.vmap`.
 
     Raises:
         TypeError: if an argument has the wrong type, or a function returns something else.
         ValueError: if `x0` or `theta` has no floating-point leaf, or `state` does not fit.
         RuntimeError: if inner solve or adjoint did not converge, or the accuracy was not reached,
             and `throw` is set.
+
+    Note:
+        If inner solve or adjoint failed under `throw=False`, the gradient is NaN and the error
+        estimate infinite. If only the accuracy was not reached, both are what was found.
+
+        `value` can be differentiated again, once. The derivative of `grad` and `info` is NaN; for
+        second derivatives there is `minimize`.
+
+        The estimate costs two loose linear solves and a few gradients; up to 64 variables no
+        products. Under `jax.jit` an estimate that is not used is not computed.
+        docs/how_it_works.md has its equations, and how right it was.
 
     References:
         F. Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016.

@@ -1,6 +1,7 @@
 """The L-BFGS approximation of the inverse Hessian, for the user."""
 
 import lineax as lx
+from jaxtyping import PyTree
 
 from difflbfgs import _memory
 from difflbfgs._checks import no_type_check
@@ -10,31 +11,25 @@ from difflbfgs._operator import SymmetricOperator
 
 
 @no_type_check
-def inverse_hessian_operator(state: State | HypergradState) -> lx.AbstractLinearOperator:
+def inverse_hessian_operator(state: PyTree) -> lx.AbstractLinearOperator:
     """Return the inverse Hessian that a solve left in its memory, as a Lineax operator.
 
-    With the pairs `s = x⁺ - x`, `y = ∇f(x⁺) - ∇f(x)`, oldest first, and `rho = 1 / sᵀy`, it is
-    the last of
-
-        P ← (I - rho s yᵀ) P (I - rho y sᵀ) + rho s sᵀ,    at first P = gamma I,
-
-    `gamma = sᵀy / yᵀy` of the newest pair, which is included. `P` is symmetric positive definite,
-    and tagged so. It approximates `H⁻¹` in the directions that the solve went last, and is a
-    multiple of the identity in all others: a preconditioner, or with that grain of salt the
-    covariance of a Laplace approximation.
-
-    A product costs `4 · memory_size · n` multiplications.
+    It approximates `H⁻¹` in the directions that the solve went last, and is a multiple of the
+    identity in all others: a preconditioner, or a rough covariance of a Laplace approximation.
 
     Args:
         state: `state` of a `Solution` of `LBFGS`, or of a `HypergradInfo`.
 
     Returns:
-        An operator on vectors of all the entries that were minimized over, in the order of
-        `jax.tree.leaves` (complex leaves as real and imaginary part); with `flatten=False`, on the
-        list of those leaves. The dtype is the solve's working dtype.
+        A symmetric positive definite operator, tagged so, on vectors of all the entries that were
+        minimized over, in the order of `jax.tree.leaves` (complex leaves as real and imaginary
+        part); with `flatten=False`, on the list of those leaves. The dtype is the solve's.
 
     Raises:
         TypeError: if `state` is something else.
+
+    Note:
+        A product costs `4 · memory_size · n` multiplications. docs/how_it_works.md has the formula.
 
     References:
         J. Nocedal and S. J. Wright, Numerical Optimization, 2nd ed., 2006, equation (7.16) and

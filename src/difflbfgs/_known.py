@@ -12,6 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from difflbfgs import _box, _krylov, _loop, _memory, _phases, _vector
@@ -37,7 +38,7 @@ from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem, make_problem, make_variables
 from difflbfgs._scale import rounding
 from difflbfgs._solution import RESULTS, Outcome, Solution, Stats, count
-from difflbfgs._system import DENSE_SIZE, AbstractAdjoint, default_system
+from difflbfgs._system import DENSE_SIZE, default_system
 from difflbfgs._task import Task
 from difflbfgs._vector import Count, Flag, Scalar
 
@@ -53,46 +54,31 @@ def known_minimizer(
     x: PyTree,
     theta: PyTree = None,
     *,
-    bounds: Any = None,
-    rtol: Any = None,
-    atol: Any = 0.0,
-    adjoint: AbstractAdjoint = ImplicitAdjoint(),
+    bounds: tuple[PyTree, PyTree] | None = None,
+    rtol: ArrayLike | None = None,
+    atol: ArrayLike = 0.0,
+    adjoint: ImplicitAdjoint | ForwardImplicitAdjoint = ImplicitAdjoint(),
     has_aux: bool = False,
     throw: bool = True,
 ) -> Solution:
     """Check a minimizer that was found elsewhere, and make it differentiable by `theta`.
 
-    `x` comes from another solver or from a closed form. With the Newton step `d`, `H d = -∇f(x)`,
-    it counts as the minimizer if
-
-        √(λ²) <= rtol √(xᵀHx),    λ² = -∇f(x)ᵀd,    |∇f(x+d)ᵀd| <= 0.1 λ²,
-
-    or if `‖∇f(x)‖₂ <= atol`, and no negative curvature of `H` was seen. Rounding keeps a step from
-    contracting: one that is shorter than the square root of the machine epsilon, in these units,
-    need not. `x` is returned as it is, without that step. Its derivative is that of
-    `minimize(...).value`, with the error that `x` has: zero by `x`, and by `theta`
-
-        dx*/dθ = -H⁻¹ B,    H = ∇²ₓₓf,    B = ∂_θ∇ₓf.
-
-    Cost: two evaluations of `f` with its gradient, and the Hessian-vector products of one Newton
-    step. Up to 64 variables these are as many as variables, batched, and all eigenvalues are
-    looked at. Beyond, they are those of conjugate gradients, up to ten a variable and 2000 in all,
-    and a saddle point is noticed if these or the adjoint meet its negative curvature.
+    `x` comes from another solver or from a closed form, and is returned as it is. Its derivative is
+    that of `minimize(...).value`: zero by `x`, `-H⁻¹ B` by `theta`, with the error that `x` has.
 
     Args:
         fun: the objective, `fun(x, theta)`, as for `minimize`.
         x: the minimizer, any PyTree. Its floating-point and complex leaves are the variables.
         theta: what to differentiate by, any PyTree.
-        bounds: `(lower, upper)`, as for `minimize`; all of the above is said of the variables that
-            they leave free then. A point outside is no minimizer.
-        rtol: tolerance on the Newton step, as above. `None`: fourth root of the working dtype's
-            machine epsilon, 1.2e-4 in float64 and 1.9e-2 in float32.
+        bounds: `(lower, upper)`, as for `minimize`: the check is that of the free variables. A
+            point outside is no minimizer.
+        rtol: tolerance on the Newton step, relative to the energy norm `√(xᵀHx)`. `None`: fourth
+            root of the machine epsilon, 1.2e-4 in float64 and 1.9e-2 in float32.
         atol: absolute tolerance on the gradient norm.
         adjoint: `ImplicitAdjoint(...)` or `ForwardImplicitAdjoint(...)`.
         has_aux: whether `fun` returns an auxiliary output as well.
-        throw: raise, in the primal and in every derivative, jitted or not, if `x` is not the
-            minimizer or the adjoint did not converge. If `False`, `result` says what happened and
-            the derivative is NaN, or zero where its cotangent is zero.
+        throw: raise if `x` is not the minimizer or the adjoint did not converge, jitted or not. If
+            `False`, `result` says what happened and the derivative is NaN.
 
     Returns:
         A `difflbfgs.Solution`. Its `value` is `x`; its `state` has no curvature pairs, and starts
@@ -103,6 +89,15 @@ def known_minimizer(
         ValueError: if `x` has nothing to minimize over, a value is out of range, or `adjoint` asks
             for a memory that there is none of.
         RuntimeError: if `x` is not a minimizer or the adjoint did not converge, and `throw` is set.
+
+    Note:
+        `x` counts as the minimizer if the Newton step from it is short and contracts, or the
+        gradient is at most `atol`, and no negative curvature was seen; docs/how_it_works.md has the
+        formulas.
+
+        It costs two evaluations of `f` with its gradient and the Hessian-vector products of one
+        Newton step: up to 64 variables as many as variables, batched, and all eigenvalues are
+        looked at; beyond, up to ten a variable and 2000 in all.
 
     References:
         M. Blondel et al., Efficient and modular implicit differentiation, NeurIPS 2022.
@@ -245,7 +240,7 @@ class _Step(eqx.Module):
     def of(cls, hvp: Callable, x, g, grad_norm: Scalar, wanted: Flag) -> "_Step":
         """Find the step, from a gradient of norm one, as squares of it may be out of range.
 
-        Where it is zero, a vector of signs stands for it, to meet negative curvature all the same.
+        If it is zero, a vector of signs stands for it, to meet negative curvature all the same.
         """
         signs = jax.random.rademacher(jax.random.key(0), x.shape, x.dtype)
         b = _vector.unit(_vector.where(grad_norm > 0, g, signs))

@@ -81,7 +81,7 @@ def by_platform(*args, cpu: Callable[..., _T], default: Callable[..., _T]) -> _T
 
 @jax.custom_batching.custom_vmap
 def anywhere(flag: Flag) -> Flag:
-    """Return `flag`, and where lanes run at once, whether it is set in any of them."""
+    """Return `flag`, and if lanes run at once, whether it is set in any of them."""
     return flag
 
 
@@ -93,7 +93,7 @@ def _anywhere(axis_size, is_batched, flag):
 
 @jax.custom_batching.custom_vmap
 def waits(done: Flag) -> Flag:
-    """Return whether a lane that is done goes along with others: never, where it runs alone."""
+    """Return whether a lane that is done goes along with others: never, if it runs alone."""
     return jnp.zeros_like(done)
 
 
@@ -104,7 +104,7 @@ def _waits(axis_size, is_batched, done):
 
 
 def held(waiting: Flag, now: _T, after: _T, settled: Callable[[_T], Any]) -> _T:
-    """Return `now` where a lane is waiting for others, and `after` where it goes on.
+    """Return `now` if a lane is waiting for others, and `after` if it goes on.
 
     What is `settled` is taken from `after` in any case, and not copied: a step changes nothing in
     it, of a lane that waits, that the next one would not.
@@ -113,7 +113,7 @@ def held(waiting: Flag, now: _T, after: _T, settled: Callable[[_T], Any]) -> _T:
 
 
 def only(flag: Flag, new: _T, old: _T) -> _T:
-    """Return `new`, for use where `flag` is set in some lane: alone that is this one.
+    """Return `new`, for use if `flag` is set in some lane: alone that is this one.
 
     In a branch that a lane takes because another one does, it keeps what is `old`.
     """

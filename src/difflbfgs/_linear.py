@@ -33,7 +33,7 @@ class Report(eqx.Module):
         max_curvature: largest curvature seen.
     """
 
-    result: Any
+    result: RESULTS
     num_steps: Count
     residual: Scalar
     min_curvature: Scalar
@@ -58,7 +58,7 @@ class Accuracy(eqx.Module):
 class Dense(SymmetricSolver):
     """Cholesky factorisation of the assembled matrix, once for all right-hand sides.
 
-    Where it breaks down or meets a pivot at rounding level, an eigendecomposition takes over: it
+    If it breaks down or meets a pivot at rounding level, an eigendecomposition takes over: it
     finds the solution of least norm if the matrix is singular, and tells how negative it is. There,
     eigenvalues within rounding or `slack` of zero are zero. Both see scaled variables, in which
     pivots, eigenvalues and residuals of variables in different units can be compared.
@@ -96,7 +96,7 @@ class Dense(SymmetricSolver):
         return low, jnp.where(sound, high, jnp.max(jnp.abs(values)))
 
     def _spectrum(self, matrix, sound):
-        """Return the eigendecomposition, or nothing of use where the factorisation is `sound`.
+        """Return the eigendecomposition, or nothing of use if the factorisation is `sound`.
 
         A loop of at most one trip, not a `cond`: under `vmap` it runs only if some lane needs it.
         The matrix is what the loop carries, as XLA moves what does not change out of loops, to
@@ -387,7 +387,7 @@ class System(eqx.Module):
 
 
 def _rayleigh(u, hu) -> Float[Array, ""]:
-    """Return `uᵀHu / uᵀu`, given `H u`; infinite where `u` is zero."""
+    """Return `uᵀHu / uᵀu`, given `H u`; infinite if `u` is zero."""
     square = _vector.dot(u, u)
     return jnp.where(square > 0, _vector.dot(u, hu) / jnp.where(square > 0, square, 1), jnp.inf)
 

@@ -370,7 +370,7 @@ def _norms(*vectors: Vector) -> tuple[Scalar, ...]:
 def _with_newton_step(
     problem: Problem, now: State, decision: Decision, s: Vector, settings: Settings
 ) -> tuple[State, Decision]:
-    """Ask Newton's method for a step; where it has none, the search goes on."""
+    """Ask Newton's method for a step; if it has none, the search goes on."""
     x, g, active = now.point.x, now.point.g, settings.active(now.point)
     face: Smooth = problem
     if active is not None:
@@ -402,7 +402,7 @@ def _with_newton_step(
 
 
 def _turned(now: State, decision: Decision, settings: Settings) -> State:
-    """Take the next direction from the memory, or from the gradient where that has none."""
+    """Take the next direction from the memory, or from the gradient if that has none."""
     x, grad_norm = now.point.x, now.point.grad_norm
     active = settings.active(now.point)
 

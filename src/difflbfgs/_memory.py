@@ -30,7 +30,7 @@ class Pair(eqx.Module):
     def is_curved(self) -> Flag:
         """Return whether `sᵀy > eps ‖s‖ ‖y‖`, so that updating with this pair keeps P positive.
 
-        Where squares are out of range it is not.
+        If squares are out of range it is not.
         """
         s, y = (jnp.sqrt(_vector.dot(v, v)) for v in (self.s, self.y))
         return is_curved(_vector.dot(self.s, self.y), s, y)

@@ -7,10 +7,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from difflbfgs import _unrolled
-from difflbfgs._adjoint import ImplicitAdjoint
+from difflbfgs._adjoint import ForwardImplicitAdjoint, ImplicitAdjoint, QuasiNewtonAdjoint
 from difflbfgs._bounds import make_bounds
 from difflbfgs._checks import (
     check_callable,
@@ -37,6 +38,7 @@ from difflbfgs._system import AbstractAdjoint
 from difflbfgs._task import Task
 from difflbfgs._unrolled import Unrolled, UnrolledState
 from difflbfgs._vector import Vector
+from difflbfgs._watch import Step
 
 
 @no_type_check
@@ -45,58 +47,41 @@ def minimize(
     x0: PyTree,
     theta: PyTree = None,
     *,
-    bounds: Any = None,
+    bounds: tuple[PyTree, PyTree] | None = None,
     solver: LBFGS | Unrolled = LBFGS(),
-    adjoint: AbstractAdjoint = ImplicitAdjoint(),
+    adjoint: ImplicitAdjoint | ForwardImplicitAdjoint | QuasiNewtonAdjoint = ImplicitAdjoint(),
     has_aux: bool = False,
     max_steps: int = 1000,
     throw: bool = True,
-    state: Any = None,
-    callback: Callable | None = None,
-    stop: Callable | None = None,
+    state: PyTree = None,
+    callback: Callable[[Step], object] | None = None,
+    stop: Callable[[Step], ArrayLike] | None = None,
 ) -> Solution:
     """Minimize `fun(x, theta)` over `x`, such that the minimizer is differentiable by `theta`.
 
-    Computes `x*(θ) = argmin_x f(x, θ)`. The derivative is the implicit function theorem's,
-    `dx*/dθ = -H⁻¹ B` with `H = ∇²ₓₓf` and `B = ∂_θ∇ₓf` at the minimizer; no iteration is unrolled.
-    The derivative by `x0` and by `state` is exactly zero, since the minimizer does not depend on
-    them. Values that `fun` closes over are differentiated like those in `theta`.
-
-    Every call traces `fun`. Outside `jax.jit` the solve is compiled once for all objectives that
-    trace to the same program. Custom derivative rules, such as that of `jax.nn.relu`, are traced as
-    well there, up to the fourth derivative, which takes 10 to 100 ms a call.
+    Computes `x*(θ) = argmin_x f(x, θ)`, with `dx*/dθ = -H⁻¹ B`, `H = ∇²ₓₓf` and `B = ∂_θ∇ₓf`. No
+    iteration is unrolled, and the derivative by `x0` and by `state` is zero.
 
     Args:
-        fun: the objective, `fun(x, theta)`, a real scalar; a pair `(objective, aux)` under
-            `has_aux`. Twice differentiable by JAX.
+        fun: the objective, `fun(x, theta)`, a real scalar that JAX differentiates twice; a pair
+            `(objective, aux)` under `has_aux`.
         x0: starting point, any PyTree. Its floating-point and complex leaves are minimized over,
-            all others are passed through. The work is done in one real dtype, to which the leaves
-            promote, float32 at least; complex leaves are minimized over real and imaginary part.
-        theta: what to differentiate by, any PyTree.
-        bounds: `(lower, upper)`, each `None`, a number for all variables, or a PyTree like `x0` or
-            a prefix of it, in which `None` and infinities are no bounds. The objective is evaluated
-            inside them only; equal bounds fix a variable. The minimizer is differentiable by them,
-            too: active variables move with their bounds.
+            all others are passed through.
+        theta: what to differentiate by, any PyTree; what `fun` closes over is differentiated, too.
+        bounds: `(lower, upper)`, each `None`, a number, or a PyTree like `x0` or a prefix of it, in
+            which `None` and infinities are no bounds. The minimizer is differentiable by them.
         solver: `LBFGS(...)`, or `Unrolled(...)`, whose derivative goes through its iterations.
         adjoint: `ImplicitAdjoint(...)`, `ForwardImplicitAdjoint(...)` or `QuasiNewtonAdjoint(...)`.
         has_aux: whether `fun` returns an auxiliary output as well.
         max_steps: bound on the steps of `LBFGS`.
-        throw: raise, in the primal and in every derivative, jitted or not, if the solve or its
-            adjoint did not converge. If `False`, `result` says what happened and the derivative of
-            a failed solve is NaN, or zero where its cotangent is zero.
-        state: `state` of an earlier solution. A solve that `max_steps` or `stop` had ended goes on
-            as if it had not been, if value and gradient at its point are the same bit for bit;
-            that takes one evaluation, and counts begin at zero. Any other is a warm start: the
-            solve begins at the earlier minimizer instead of at `x0`, with its memory, and by
-            Newton's method if that is near. On regressions on digits, for steps of 0.1 to 1 % of
-            `theta`, that saved 30 to 50 % of evaluations and Hessian products
-            (`benchmarks/warm_starts.py`).
+        throw: raise if the solve or its adjoint did not converge, jitted or not. If `False`,
+            `result` says what happened and the derivative of a failed solve is NaN.
+        state: `state` of an earlier solution: a warm start, or the rest of a solve that `max_steps`
+            or `stop` had ended.
         callback: called as `callback(step)` with a `difflbfgs.Step` after every step of `LBFGS`,
-            jitted or not, for example `progress_bar()`. What it raises ends the solve.
-        stop: a JAX function `stop(step) -> bool` of the same record and of `step.value`, the
-            variables, called after every step that is taken. `True` ends the solve as `stopped`,
-            which does not raise; its derivative is refused, as that of a failed solve. It may close
-            over traced arrays and is not differentiated. Under `jax.vmap` each lane stops alone.
+            jitted or not. What it raises ends the solve.
+        stop: a JAX function `stop(step) -> bool` of the same record with `step.value`, the
+            variables. `True` ends the solve as `stopped`, which does not raise.
 
     Returns:
         A `difflbfgs.Solution`.
@@ -105,6 +90,13 @@ def minimize(
         TypeError: if an argument has the wrong type, or `fun` returns something else.
         ValueError: if `x0` has nothing to minimize over, or a value is out of range.
         RuntimeError: if the solve or its adjoint did not converge and `throw` is set.
+
+    Note:
+        The work is done in one real dtype, to which the variables promote, float32 at least.
+        Complex ones are minimized over real and imaginary part.
+
+        Outside `jax.jit` the solve is compiled once for all objectives that trace to the same
+        program. Tracing takes 10 to 100 ms a call if `fun` has custom derivative rules.
 
     References:
         J. Nocedal and S. J. Wright, Numerical Optimization, 2nd ed., Springer, 2006.
@@ -243,7 +235,7 @@ def make_solution(variables: Variables, outcome: Outcome, aux: PyTree = None) ->
 
 
 def solve_differentiably(task: Task, problem: Problem) -> Outcome:
-    """Solve, as one compiled program also where the user did not ask for `jit`."""
+    """Solve, as one compiled program even if the user did not ask for `jit`."""
     with short_errors():
         return _compiled(task, problem)
 

@@ -2,7 +2,7 @@
 
 Conjugate gradients end by decrease (Nash & Sofer, Operations Research Letters 9, 1990): with `q_k`
 the model's value after `k` steps, at `k (q_k - q_{k-1}) / q_k <= η`. By itself that stops before a
-variable in another unit is met, so where variables differ by orders of magnitude the system is
+variable in another unit is met, so if variables differ by orders of magnitude the system is
 solved in scaled ones, `S⁻¹x` with scales `S` that make the rows of `S H S` of one size
 (`_linear.equilibrate`), and the residual has to agree.
 """

@@ -643,7 +643,7 @@ def answered(
 def turned(ledger: Ledger, known: Flag, grad_norm: Scalar, slope: Scalar, terms: Terms) -> Ledger:
     """Return the ledger after the memory, if `known`, gave a direction of this slope.
 
-    Without a polish the solve ends where the gradient is small, and the decrement of the
+    Without a polish the solve ends when the gradient is small, and the decrement of the
     quasi-Newton model beside the energy, unless the last step shows neither the curvature that made
     the gradient small nor a bottom. (Along the eigenvector of a curvature `μ` an error that
     the first allows has a decrement of `rtol² c/μ` of the energy, `c` being the largest.)

@@ -176,7 +176,7 @@ def spoil(t: PyTree, trusted: Flag) -> PyTree:
 
 
 def _masked(bar: PyTree, cotangent: Vector, trusted: Flag) -> PyTree:
-    """Return `bar`, or zero where the solve failed and its cotangent is zero.
+    """Return `bar`, or zero if the solve failed and its cotangent is zero.
 
     There the problem itself may be NaN, and `0 · NaN` would reach the lanes that are well.
     """

@@ -71,7 +71,7 @@ class Scale(eqx.Module):
 
 
 def is_curved(curved: Scalar, s_norm: Scalar, y_norm: Scalar) -> Flag:
-    """Return whether `sᵀy > eps ‖s‖ ‖y‖`; where squares are out of range it is not."""
+    """Return whether `sᵀy > eps ‖s‖ ‖y‖`; if squares are out of range it is not."""
     limits = jnp.finfo(curved.dtype)
     least = jnp.maximum(float(limits.eps) * s_norm * y_norm, limits.tiny)
     return (curved > least) & (curved < jnp.inf)
@@ -96,7 +96,7 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
     `10 ‖g‖ / short`, and so `c · size²` at most `(10 size / short)² ‖g‖² / c`. What makes the noise
     has to be larger. Both also ask for a gradient below `eps^(1/4)` of the reference.
 
-    Both take the largest curvature for that of every variable. Where scales differ, the noise is
+    Both take the largest curvature for that of every variable. If scales differ, the noise is
     overestimated by orders of magnitude; so this is asked of a solve that is stuck, and does not
     end one that makes progress. One that is stuck because squares of its gradient underflow has not
     met this limit either.

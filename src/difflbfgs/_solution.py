@@ -176,15 +176,14 @@ class Solution(eqx.Module):
         result: how the solve ended, a member of `difflbfgs.RESULTS`.
         stats: a `difflbfgs.Stats`.
         state: hand it to the next `minimize` as `state=` for a warm start.
-        active: with bounds, -1 for a variable at its lower bound, 1 at its upper and 0 for a free
-            one, as int8 in the shapes of the variables, and `None` for other leaves; between equal
-            bounds the sign of the multiplier tells.
+        active: with bounds, -1 for a variable at its lower bound, 1 at its upper (between equal
+            ones as the multiplier says) and 0 for a free one; int8, `None` for other leaves.
     """
 
     value: PyTree
     objective: Float[Array, "*batch"]
     aux: PyTree
-    result: Any
+    result: RESULTS
     stats: Stats
     state: PyTree
     active: PyTree = None
@@ -201,7 +200,7 @@ def has_converged(result: Any) -> Bool[Array, "*batch"]:
 
 
 def raised(tree: _T, failed: Bool[Array, ""], result: Any) -> _T:
-    """Return `tree`, whose use raises where `failed`, with the message of `result`.
+    """Return `tree`, whose use raises if `failed`, with the message of `result`.
 
     Of several devices that work on one solve, each calls Python: JAX would call it on the first
     one only for `tree`, and the others would wait for ever.

@@ -1,7 +1,7 @@
 """What every way to differentiate has to say: how `H u = v` is solved, and in which mode."""
 
 import abc
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 
@@ -11,7 +11,7 @@ from difflbfgs._linear import Dense, Report, System
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._vector import Scalar, Vector
 
-# Up to this many variables the Hessian is assembled and factorised; see benchmarks/crossover.py.
+# Up to this many variables the Hessian is assembled (see `crossover` in benchmarks/ablations.py).
 DENSE_SIZE = 64
 _MAX_PRODUCTS = 10_000
 
@@ -26,9 +26,10 @@ class AbstractAdjoint(eqx.Module):
         approximate: whether a solve that did not converge may be differentiated.
     """
 
-    ridge: eqx.AbstractVar[Any]
-    preconditioner: eqx.AbstractVar[Any]
-    approximate: eqx.AbstractVar[Any]
+    # Without annotations these are no fields: a class below may have fields in their place.
+    ridge = cast(Any, 0.0)
+    preconditioner = cast(Any, None)
+    approximate = cast(Any, False)
 
     @property
     def forward_mode(self) -> bool:

@@ -21,14 +21,11 @@ class Unrolled(eqx.Module):
     """Run an Optax gradient method for a fixed number of steps and differentiate through it.
 
     The derivative is that of the iterate `x_K`, not of the minimizer: it is off by about as much as
-    `x_K` is, and it depends on the starting point, by which it can be differentiated too. Memory
-    of the gradient grows with `num_steps`; with `checkpoint=True` with its square root, for one
-    more evaluation of each step. No convergence test is made: `converged` is true unless the
-    iterates stopped being finite, for which `result` is `RESULTS.nonlinear_divergence`. A traced
-    learning rate, `optax.sgd(rate)`, is differentiated too.
+    `x_K` is. It depends on the starting point, by which it can be differentiated too.
 
     Args:
-        optimizer: an Optax gradient transformation without line search, such as `optax.sgd(0.1)`.
+        optimizer: an Optax gradient transformation without line search, such as `optax.sgd(0.1)`. A
+            traced learning rate is differentiated too.
         num_steps: number of steps.
         checkpoint: recompute steps in the backward pass instead of storing them.
         flatten: work on one flat vector. `False` keeps the leaves of `x0` and their sharding.
@@ -36,9 +33,16 @@ class Unrolled(eqx.Module):
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if `num_steps` is not positive.
+
+    Note:
+        Memory of the gradient grows with `num_steps`; with `checkpoint=True` with its square root,
+        for one more evaluation of each step.
+
+        There is no test of convergence: `converged` is true unless the iterates stopped being
+        finite. Then `result` is `RESULTS.nonlinear_divergence`.
     """
 
-    optimizer: Any
+    optimizer: optax.GradientTransformation
     num_steps: int = eqx.field(static=True)
     checkpoint: bool = eqx.field(default=False, static=True)
     flatten: bool = eqx.field(default=True, static=True)

@@ -25,8 +25,8 @@ class Step(eqx.Module):
         objective: objective at the present point.
         grad_norm: 2-norm of the gradient there.
         step_size: multiple of the direction that was taken; 0 if none was.
-        last: whether the solve is over, once. If no step was taken to find that out, the record is
-            the last one again. The adjoint follows and is not watched.
+        last: whether the solve is over, once; the record may be the last one again. The adjoint
+            follows and is not watched.
         value: the variables, in the structure of `x0`; for `stop` only.
     """
 
@@ -73,20 +73,22 @@ class Stop(eqx.Module):
 def progress_bar() -> Callable[[Step], None]:
     """Make a callback that draws a `tqdm` bar for each solve, from its first step to its last.
 
-    In a terminal the bar moves, and its line stays when the solve ends; of solves that end within
-    a second of such a line none stays. In a notebook with `ipywidgets` it is one widget for all
-    solves. Elsewhere, as in a log file, there is a line on standard error every ten seconds and
-    one when the solve ends, again unless another solve ended less than ten seconds before.
-
-    Make it once and use it again: outside `jax.jit` a new callback compiles the solve anew. Under
-    `jax.vmap` on a CPU tasks are solved, and drawn, one after the other; on an accelerator, and on
-    several devices, the bar shows now one of them and now another.
+    Make it once and use it again: outside `jax.jit` a new callback compiles the solve anew.
 
     Returns:
         A function for the `callback` argument of `difflbfgs.minimize`.
 
     Raises:
         ImportError: if `tqdm` is not installed.
+
+    Note:
+        In a terminal the bar moves, and its line stays when the solve ends, unless another line did
+        within the last second. In a notebook with `ipywidgets` it is one widget for all solves.
+        Elsewhere, as in a log file, there is a line on standard error every ten seconds and one
+        when a solve ends, unless another ended less than ten seconds before.
+
+        Under `jax.vmap` on a CPU tasks are solved, and drawn, one after the other. On an
+        accelerator, and on several devices, the bar shows now one of them and now another.
     """
     try:
         import tqdm.auto

@@ -4,7 +4,7 @@ Along `φ(t) = f(x + t d)` a length `t` is looked for that satisfies
 
     φ(t) <= φ(0) + c₁ t φ'(0)    and    |φ'(t)| <= c₂ |φ'(0)|,    c₁ = 1e-4, c₂ = 0.9
 
-(Nocedal & Wright, Numerical Optimization, 2006, section 3.5). Where the decrease is lost in the
+(Nocedal & Wright, Numerical Optimization, 2006, section 3.5). If the decrease is lost in the
 rounding of `f`, the first is replaced by `φ'(t) <= (2 c₁ - 1) φ'(0)`, the approximate Wolfe
 condition of Hager & Zhang (SIAM Journal on Optimization 16, 2005). Lengths grow by the secant of
 the slopes until a bracket is found, and are interpolated by a cubic inside it.

@@ -20,6 +20,7 @@ import lineax as lx
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from difflbfgs import _loop, _memory, _vector
@@ -176,8 +177,8 @@ def make_adjoint(solve: Any) -> AbstractAdjoint:
 class OptStep(NamedTuple):
     """Parameters and state, as `run` and `update` return them."""
 
-    params: Any
-    state: Any
+    params: PyTree
+    state: PyTree
 
 
 class LbfgsState(NamedTuple):
@@ -202,21 +203,21 @@ class LbfgsState(NamedTuple):
         result: a member of `difflbfgs.RESULTS`; not in JAXopt.
     """
 
-    iter_num: Any
-    value: Any
-    grad: Any
-    stepsize: Any
-    error: Any
-    s_history: Any
-    y_history: Any
-    rho_history: Any
-    gamma: Any
-    aux: Any = None
-    failed_linesearch: Any = False
-    num_fun_eval: Any = 0
-    num_grad_eval: Any = 0
-    num_linesearch_iter: Any = 0
-    result: Any = None
+    iter_num: ArrayLike
+    value: ArrayLike
+    grad: PyTree
+    stepsize: ArrayLike
+    error: ArrayLike
+    s_history: PyTree
+    y_history: PyTree
+    rho_history: ArrayLike
+    gamma: ArrayLike
+    aux: PyTree = None
+    failed_linesearch: ArrayLike = False
+    num_fun_eval: ArrayLike = 0
+    num_grad_eval: ArrayLike = 0
+    num_linesearch_iter: ArrayLike = 0
+    result: RESULTS | None = None
 
 
 def to_state(

@@ -14,10 +14,13 @@ from typing import Any, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from difflbfgs import _lbfgs, _loop, _vector
+from difflbfgs._adjoint import ForwardImplicitAdjoint, ImplicitAdjoint, QuasiNewtonAdjoint
 from difflbfgs._checks import (
     check_callable,
     check_choice,
@@ -48,6 +51,14 @@ from difflbfgs.compat._jaxopt import (
 
 __all__ = ["LBFGS", "LBFGSB", "LbfgsState", "OptStep"]
 
+# How a user may have the adjoint solved.
+Solve: TypeAlias = (
+    Callable[..., PyTree]
+    | lx.AbstractLinearSolver
+    | ImplicitAdjoint
+    | ForwardImplicitAdjoint
+    | QuasiNewtonAdjoint
+)
 # What a solve begins with: a vector, a memory, and the objective.
 Entry: TypeAlias = tuple[Vector, _loop.State | None, Problem]
 
@@ -61,21 +72,21 @@ class _Solver:
     value_and_grad: bool | Callable = False
     has_aux: bool = False
     maxiter: int = 500
-    tol: Any = 1e-3
-    stepsize: Any = 0.0
+    tol: ArrayLike = 1e-3
+    stepsize: ArrayLike | Callable[..., ArrayLike] = 0.0
     linesearch: str = "zoom"
     linesearch_init: str = "increase"
     stop_if_linesearch_fails: bool = False
-    condition: Any = None
+    condition: object = None
     maxls: int = 30
-    decrease_factor: Any = None
-    increase_factor: Any = 1.5
-    max_stepsize: Any = 1.0
-    min_stepsize: Any = 1e-6
+    decrease_factor: object = None
+    increase_factor: ArrayLike = 1.5
+    max_stepsize: float | jax.Array = 1.0
+    min_stepsize: ArrayLike = 1e-6
     history_size: int = 10
     use_gamma: bool = True
     implicit_diff: bool = True
-    implicit_diff_solve: Any = None
+    implicit_diff_solve: Solve | None = None
     jit: bool = True
     unroll: str | bool = "auto"
     verbose: bool | int = False
@@ -132,13 +143,13 @@ class _Solver:
         state = to_state(variables, outcome, value, aux, steps, stepsize=1.0)
         return OptStep(variables.outside(outcome.x), state)
 
-    def optimality_fun(self, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+    def optimality_fun(self, params: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Return the gradient, which is zero at a minimizer, as `jax.grad` does."""
         params, _ = _unpack(params)
         objective = make_objective(self.fun, self.value_and_grad, self.has_aux)
         return eqx.filter_grad(lambda p: objective(p, (args, kwargs))[0])(params)
 
-    def l2_optimality_error(self, params: PyTree, *args: Any, **kwargs: Any) -> jax.Array:
+    def l2_optimality_error(self, params: PyTree, *args: PyTree, **kwargs: PyTree) -> jax.Array:
         """Return the 2-norm of the gradient."""
         params, _ = _unpack(params)
         gradient = self.optimality_fun(params, *args, **kwargs)
@@ -148,7 +159,7 @@ class _Solver:
         """Return the names of the constructor's arguments."""
         return tuple(field.name for field in dataclasses.fields(self))
 
-    def attribute_values(self) -> tuple[Any, ...]:
+    def attribute_values(self) -> tuple[object, ...]:
         """Return what the constructor was given."""
         return tuple(getattr(self, name) for name in self.attribute_names())
 
@@ -189,16 +200,8 @@ class _Solver:
 class LBFGS(_Solver):
     """L-BFGS with the arguments of `jaxopt.LBFGS` 0.8.5.
 
-    Minimizes `f(x, *args, **kwargs)` over `x`; by default `run(...).params` is differentiated by
-    the implicit function theorem, by `args`, `kwargs` and what `fun` closes over. `run` stops where
-    `‖∇f(x)‖₂ <= tol`, with no reference to the scale of `f`, or where rounding hides any decrease.
-
-    `run` is `difflbfgs.minimize`, and `update` one step of the same loop without a Newton step: a
-    line search for the strong Wolfe conditions along the direction of the memory.
-
-    **A solve that did not converge has the derivative NaN.** JAXopt differentiates wherever it
-    stopped, as if that were a minimizer; `implicit_diff_solve=ImplicitAdjoint(approximate=True)`
-    does so here. Nothing raises: `state.result` says what happened.
+    Minimizes `f(x, *args, **kwargs)` over `x`, until `‖∇f(x)‖₂ <= tol`. `run(...).params` is
+    differentiated by the implicit function theorem; if a solve did not converge it is NaN.
 
     Args:
         fun: the objective `fun(x, *args, **kwargs)`; see `value_and_grad` and `has_aux`.
@@ -223,9 +226,8 @@ class LBFGS(_Solver):
         use_gamma: must be `True`: the inverse Hessian begins with `gamma I`.
         implicit_diff: differentiate the minimizer. `False`: a derivative raises, since iterates are
             not differentiated; there is no Newton step at the end then.
-        implicit_diff_solve: `None`; a function `solve(matvec, b)` on flat real vectors, whose
-            solution is accepted at a relative residual of 1e-3; a Lineax solver; or an adjoint of
-            this library.
+        implicit_diff_solve: `None`, an adjoint of this library, a Lineax solver, or a function
+            `solve(matvec, b)` on flat vectors, accepted at a relative residual of 1e-3.
         jit: without effect: the solve is compiled.
         unroll: without effect.
         verbose: 1 or 2 prints every step.
@@ -233,6 +235,16 @@ class LBFGS(_Solver):
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if a value is out of range, or asks for another iteration.
+
+    Note:
+        `run` is `difflbfgs.minimize`, and also stops if rounding hides any decrease. `update` is
+        one step of the same loop without a Newton step: a line search for the strong Wolfe
+        conditions along the direction of the memory. Derivatives are by `args`, `kwargs` and what
+        `fun` closes over.
+
+        JAXopt differentiates wherever it stopped, as if that were a minimizer;
+        `implicit_diff_solve=ImplicitAdjoint(approximate=True)` does so here. Nothing raises:
+        `state.result` says what happened.
 
     References:
         M. Blondel et al., Efficient and modular implicit differentiation, NeurIPS 2022.
@@ -258,7 +270,7 @@ class LBFGS(_Solver):
                     f"call it. Write a loop around {name} of an LBFGS instead, in a function."
                 )
 
-    def run(self, init_params: PyTree, *args: Any, **kwargs: Any) -> OptStep:
+    def run(self, init_params: PyTree, *args: PyTree, **kwargs: PyTree) -> OptStep:
         """Minimize from `init_params`.
 
         Args:
@@ -272,16 +284,15 @@ class LBFGS(_Solver):
         """
         return self._minimized(init_params, None, (args, kwargs))
 
-    def init_state(self, init_params: PyTree, *args: Any, **kwargs: Any) -> LbfgsState:
+    def init_state(self, init_params: PyTree, *args: PyTree, **kwargs: PyTree) -> LbfgsState:
         """Return the state before the first `update`; of an `OptStep`, with its memory."""
         return self._advance(init_params, (args, kwargs), max_steps=0).state
 
-    def update(self, params: PyTree, state: LbfgsState, *args: Any, **kwargs: Any) -> OptStep:
+    def update(self, params: PyTree, state: LbfgsState, *args: PyTree, **kwargs: PyTree) -> OptStep:
         """Take one step from `params`; `state` is of `init_state`, `update` or `run`.
 
-        It begins with an evaluation at `params`, which may be others than those of `state`, like
-        the arguments of `fun`. Where the gradient is zero, or the line search fails, `params` stay;
-        that counts as a step all the same.
+        It begins with an evaluation at `params`, which may be others than those of `state`. If the
+        gradient is zero, or the line search fails, `params` stay; that counts as a step.
         """
         params, _ = _unpack(params)
         step = self._advance(OptStep(params, state), (args, kwargs), max_steps=1)
@@ -309,18 +320,20 @@ class LBFGS(_Solver):
 class LBFGSB(_Solver):
     """L-BFGS between bounds, with the arguments of `jaxopt.LBFGSB` 0.8.5 and its `run`.
 
-    Minimizes `f(x, *args, **kwargs)` over `lower <= x <= upper` as `difflbfgs.minimize` does with
-    `bounds=(lower, upper)`: the objective is evaluated inside them only, and `run(...).params` is
-    differentiated by them, too. It stops where the projected gradient, without the components that
-    point out of the box at a bound, has a 2-norm of `tol`; JAXopt asks that of the step
-    `P(x - ∇f(x)) - x`, which changes with the scale of `f`. Where a variable is at its bound with a
-    multiplier of zero the derivative is NaN.
-
-    The arguments are those of `LBFGS`; `history_size` is 20 by default.
+    Minimizes `f(x, *args, **kwargs)` over `lower <= x <= upper`, until the projected gradient has a
+    2-norm of `tol`. `run(...).params` is differentiated by the bounds, too.
 
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if a value is out of range, or asks for another iteration.
+
+    Note:
+        The arguments are those of `LBFGS`; `history_size` is 20 by default.
+
+        It is `difflbfgs.minimize` with `bounds=(lower, upper)`, and evaluates the objective inside
+        them only. The projected gradient is that without the components that point out of the box
+        at a bound; JAXopt tests the step `P(x - ∇f(x)) - x`, which changes with the scale of `f`.
+        If a variable is at its bound with a multiplier of zero, the derivative is NaN.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -336,7 +349,7 @@ class LBFGSB(_Solver):
 
     history_size: int = 20
 
-    def run(self, init_params: PyTree, bounds: tuple, *args: Any, **kwargs: Any) -> OptStep:
+    def run(self, init_params: PyTree, bounds: tuple, *args: PyTree, **kwargs: PyTree) -> OptStep:
         """Minimize from `init_params`, which may be an `OptStep`, between `bounds`.
 
         Args:

@@ -6,7 +6,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 import optimistix as optx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
 from difflbfgs import _lbfgs, _loop, _vector
@@ -43,22 +45,7 @@ class LBFGS(optx.AbstractMinimiser):
     """L-BFGS with a strong-Wolfe line search, for `optimistix.minimise`.
 
     It takes the steps of `difflbfgs.LBFGS(rtol, atol, memory_size, linesearch, polish=0)` and stops
-    at `‖∇f(y)‖₂ <= atol + rtol · reference`, where Optimistix's own minimisers compare successive
-    iterates. `sol.stats` holds `num_fun_evals`, `grad_norm`, `reference_grad_norm` and, as
-    `result`, the member of `difflbfgs.RESULTS` that says how the solve ended. Optimistix knows
-    fewer ways: `precision_limit` is its `successful`, `nonfinite_start` its `nonfinite`, and
-    `unbounded` and `line_search_failed` are its `nonlinear_divergence`.
-
-    How to differentiate is left to `optimistix.minimise`. With its `ImplicitAdjoint`, pass
-    `tags=frozenset({lineax.positive_semidefinite_tag})` to have the dense Hessian factorised by
-    Cholesky, or `linear_solver=lineax.CG(rtol, atol)` to have none. Its derivative of a solve that
-    failed under `throw=False` is not NaN, as that of `difflbfgs.minimize` is. Optax's line searches
-    are loops of unknown length, so `RecursiveCheckpointAdjoint` raises.
-
-    A step costs what one of `difflbfgs.LBFGS` does, mostly one evaluation; with `has_aux` also an
-    evaluation of `fn`. One more step, without an evaluation, shows Optimistix the last point. Under
-    `vmap` all lanes wait for the longest line search of every step, which `difflbfgs.minimize`
-    spares them.
+    at `‖∇f(y)‖₂ <= atol + rtol · reference`. How to differentiate is left to `optimistix.minimise`.
 
     Args:
         rtol: relative tolerance on the gradient norm. `None`: square root of machine epsilon.
@@ -72,6 +59,22 @@ class LBFGS(optx.AbstractMinimiser):
         TypeError: if an argument has the wrong type.
         ValueError: if a tolerance is negative, or `memory_size` less than 1.
 
+    Note:
+        `sol.stats` holds `num_fun_evals`, `grad_norm`, `reference_grad_norm` and, as `result`, the
+        member of `difflbfgs.RESULTS` that says how the solve ended. Optimistix knows fewer ways:
+        `precision_limit` is its `successful`, `nonfinite_start` its `nonfinite`, and `unbounded`
+        and `line_search_failed` are its `nonlinear_divergence`.
+
+        With Optimistix's `ImplicitAdjoint`, pass
+        `tags=frozenset({lineax.positive_semidefinite_tag})` to have the dense Hessian factorised by
+        Cholesky, or `linear_solver=lineax.CG(rtol, atol)` to have none. Its derivative of a solve
+        that failed under `throw=False` is not NaN. `RecursiveCheckpointAdjoint` raises: Optax's
+        line searches are loops of unknown length.
+
+        A step costs what one of `difflbfgs.LBFGS` does, mostly one evaluation; with `has_aux` also
+        an evaluation of `fn`. One more step, without an evaluation, shows Optimistix the last
+        point. Under `vmap` all lanes wait for the longest line search of every step.
+
     Examples:
         >>> import jax.numpy as jnp, optimistix as optx
         >>> from difflbfgs.compat.optimistix import LBFGS
@@ -82,14 +85,21 @@ class LBFGS(optx.AbstractMinimiser):
         [1. 1.]
     """
 
-    rtol: Any
+    rtol: Any  # Optimistix's is a float
     atol: Any
     norm: Callable[[PyTree], Array] = eqx.field(static=True)  # of the gradient test
     memory_size: int = eqx.field(static=True)
-    linesearch: Any
+    linesearch: optax.GradientTransformation | None
     verbose: bool | Callable[..., None] = eqx.field(static=True)
 
-    def __init__(self, rtol, atol, memory_size=10, linesearch=None, verbose=False):
+    def __init__(
+        self,
+        rtol: ArrayLike | None,
+        atol: ArrayLike,
+        memory_size: int = 10,
+        linesearch: optax.GradientTransformation | None = None,
+        verbose: bool | Callable[..., None] = False,
+    ):
         _lbfgs.LBFGS(rtol, atol, memory_size, linesearch)  # checks what it is given
         if not isinstance(verbose, bool) and not callable(verbose):
             raise TypeError(

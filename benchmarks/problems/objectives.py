@@ -18,8 +18,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 
-import more_garbow_hillstrom
-from collection import cross_entropies, digits, rounded, standardised
+from . import more_garbow_hillstrom
+from .collection import cross_entropies, digits, rounded, standardised
 
 # A choice from CUTEst (Gould, Orban & Toint 2015), 2 to 10000 variables, without those that are
 # in Moré, Garbow & Hillstrom's collection too.

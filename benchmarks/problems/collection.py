@@ -135,6 +135,21 @@ def robust_regression(dtype: Any = jnp.float64) -> Problem:
     return Problem(inner, outer, jnp.zeros(10, dtype), rounded(theta, dtype))
 
 
+def parity_regression() -> Problem:
+    """Robust regression, one penalty for each pixel: is the digit odd or even?"""
+    X, y, Xv, yv = digits(600, 600, jnp.float64)
+    sign, sign_v = jnp.asarray(2.0 * (y % 2) - 1), jnp.asarray(2.0 * (yv % 2) - 1)
+
+    def inner(w, theta):
+        error = jnp.mean(jnp.sqrt(1 + (X @ w - sign) ** 2))
+        return error + jnp.sum(jnp.exp(theta) * w**2) / 2
+
+    def outer(w, theta):
+        return jnp.mean((Xv @ w - sign_v) ** 2)
+
+    return Problem(inner, outer, jnp.zeros(64), jnp.full(64, -4.0))
+
+
 def poisson_regression(dtype: Any = jnp.float64) -> Problem:
     """Poisson regression with an exponential link, one penalty for each feature."""
     rng = np.random.default_rng(1)
