@@ -15,7 +15,17 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).parent
-DRAWN = ("hypergradient", "growth", "compiling", "limit", "tasks", "theory", "bounds", "forward")
+DRAWN = (
+    "hypergradient",
+    "growth",
+    "compiling",
+    "limit",
+    "tasks",
+    "theory",
+    "bounds",
+    "forward",
+    "outer_loop",
+)
 # In this order: what docs/benchmarks.md shows first.
 SCRIPTS = (
     "hypergradient",
@@ -29,6 +39,7 @@ SCRIPTS = (
     "error_estimate",
     "polish",
     "warm_starts",
+    "outer_loop",
     "adjoints",
     "crossover",
     "bounds",
