@@ -27,9 +27,9 @@ ABLATIONS = (
     "adjoints",
     "crossover",
 )
-SCRIPTS = ("hypergradient", "growth", "tasks", "precision", "bounds", "forward")
-EVERY = (*SCRIPTS[:3], *ABLATIONS, *SCRIPTS[3:])
-DRAWN = ("hypergradient", "growth", "tasks", "limit", "compiling", "theory", "bounds", "forward")
+SCRIPTS = ("hypergradient", "growth", "tasks", "outer_loop", "precision", "bounds", "forward")
+EVERY = (*SCRIPTS[:4], *ABLATIONS, *SCRIPTS[4:])
+DRAWN = (*SCRIPTS[:4], "limit", "compiling", "theory", "bounds", "forward")
 
 
 def main() -> int:

@@ -293,6 +293,19 @@ def bounds_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def outer_loop_table(rows: list[dict]) -> str:
+    """Return a table of the costs of outer loops, over those of exact solves."""
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    lines = [f"| | {' | '.join(problems)} | geometric mean |", "|---" * (2 + len(problems)) + "|"]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        shares = [row["share"] for row in rows if row["way"] == way]
+        cells = [f"{share:.3f}" if math.isfinite(share) else "not reached" for share in shares]
+        mean = math.exp(sum(map(math.log, shares)) / len(shares))
+        cells.append(f"{mean:.3f}" if math.isfinite(mean) else "")
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def assert_hypergradients(rows: list[dict]) -> None:
     """Check what a run must show, whatever the machine."""
     for name, own in by_problem(rows, "float64").items():
@@ -357,6 +370,7 @@ TABLES = {
     "compiling": compiling_table,
     "forward": forward_table,
     "bounds": bounds_table,
+    "outer_loop": outer_loop_table,
 }
 PAGES = (ROOT / "docs" / "benchmarks.md",)
 
