@@ -33,7 +33,8 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | | `max_steps` | DONE, `max_steps_reached` |
 
 A step *contracts* if `|∇f(x+d)ᵀd| <= 0.1 λ²` and the objective falls by `λ²/4` or more, or by
-less than its noise can show. It is taken if the norm of the gradient falls, too. *What is left* is
+less than its noise can show. It is taken if the norm of the gradient falls, too, and it is the last
+only if that falls to a quarter, or noise hides it. *What is left* is
 `√(q λ²)` with `q = |∇f(x+d)ᵀd| / λ²`, or what conjugate gradients left of the system. Small is
 `rtol` of the energy norm of `x`, or of the step that led there if that is larger.
 """
