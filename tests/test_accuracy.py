@@ -72,6 +72,7 @@ def test_the_error_is_what_was_asked_for_and_looser_costs_less(problem):
         assert costs[0] <= 0.6 * default
 
 
+@pytest.mark.slow
 def test_what_comes_back_belongs_together(problem):
     n, inner, outer, theta, _ = problem
     _, grad, info = dl.value_and_hypergrad(outer, inner, accuracy=1e-3)(theta, jnp.zeros(n))
@@ -90,6 +91,7 @@ def test_what_comes_back_belongs_together(problem):
     np.testing.assert_allclose(info.adjoint_residual, residual, rtol=0.1, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_warm_call_costs_little(problem):
     n, inner, outer, theta, _ = problem
     step = jax.jit(dl.value_and_hypergrad(outer, inner, accuracy=1e-3))
@@ -104,6 +106,7 @@ def test_a_warm_call_costs_little(problem):
     assert cost(again) < cost(cold)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", PROBLEMS)
 def test_out_of_reach_in_float32_says_so_and_returns_the_best_it_has(n):
     inner, outer, theta = logistic(n, jnp.float32)
@@ -118,6 +121,7 @@ def test_out_of_reach_in_float32_says_so_and_returns_the_best_it_has(n):
         jax.block_until_ready(dl.value_and_hypergrad(outer, inner, accuracy=1e-12)(theta, x0)[1])
 
 
+@pytest.mark.slow
 def test_out_of_steps(problem):
     n, inner, outer, theta, truth = problem
     step = dl.value_and_hypergrad(outer, inner, accuracy=1e-6, max_steps=1, throw=False)
@@ -135,6 +139,7 @@ def test_out_of_steps(problem):
             assert jnp.all(jnp.isnan(grad))
 
 
+@pytest.mark.slow
 def test_lanes_get_what_each_asked_for():
     n = 8
     inner, outer, theta = PROBLEMS[n]

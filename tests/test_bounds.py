@@ -48,6 +48,7 @@ def minimizer(f, x0, theta, lower, upper, **settings):
     return dl.minimize(f, x0, theta, bounds=(lower, upper), **settings).value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("polish", [0, 1])
 @pytest.mark.parametrize("seed", range(3))
@@ -83,6 +84,7 @@ ADJOINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 @pytest.mark.parametrize("n", [20, 100])
 def test_all_adjoints_dense_and_matrix_free(adjoint, n):
@@ -106,6 +108,7 @@ def test_all_adjoints_dense_and_matrix_free(adjoint, n):
     np.testing.assert_allclose(found[2], by_bound * (solution.active > 0), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_forward_mode_and_second_derivatives():
     f, (_, theta, lower, upper) = quadratic(6, 3)
 
@@ -206,6 +209,7 @@ def test_obstacle_problem(n):
     np.testing.assert_allclose(by_obstacle, np.where(contact, v - H @ u, 0), atol=1e-8 * h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e8])
 def test_projection_onto_a_box_at_any_scale(scale):
     theta = jnp.array([-2.0, -0.9, 0.3, 1.7, 1.0001])
@@ -240,6 +244,7 @@ def test_a_multiple_of_the_objective_takes_the_same_path():
     assert len(paths) == 1
 
 
+@pytest.mark.slow
 class TestAtATie:
     """`min ½(x - θ)² + ½(y - θ/2)²` with `x >= 0`: at `θ = 0` the derivative of `x` jumps."""
 
@@ -305,6 +310,7 @@ class TestAtATie:
         assert abs(gradient - 0.5 * 1.5 / 0.5) <= max(3 * info.error_estimate, 1e-8)
 
 
+@pytest.mark.slow
 def test_hypergradient_by_bounds_that_depend_on_theta():
     f, (_, theta, lower, upper) = quadratic(7, 2)
 
@@ -329,6 +335,7 @@ def test_hypergradient_by_bounds_that_depend_on_theta():
     assert warm.solution.stats.num_fun_evals < info.solution.stats.num_fun_evals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fun", "lower"),
     [
@@ -385,6 +392,7 @@ def test_equal_bounds_fix_a_variable_with_the_sign_of_its_multiplier():
     np.testing.assert_allclose(by_bounds, np.eye(3), atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("polish", [0, 1])
 def test_all_variables_active(polish):
     solver = dl.LBFGS(polish=polish)
@@ -443,6 +451,7 @@ def test_one_leaf_of_a_module_is_bounded(flatten):
         assert solution.value.activation is jnp.tanh
 
 
+@pytest.mark.slow
 def test_prefixes_numbers_and_none():
     x0 = {"a": (jnp.zeros(2), jnp.zeros(())), "b": jnp.zeros((2, 2)), "label": "text"}
 
@@ -463,6 +472,7 @@ def test_prefixes_numbers_and_none():
         assert found.active["label"] is None
 
 
+@pytest.mark.slow
 def test_lanes_have_bounds_of_their_own():
     f, (_, theta, lower, upper) = quadratic(5, 4)
     factors = jnp.array([0.2, 1.0, 30.0])
@@ -560,6 +570,7 @@ def test_infinite_and_inactive_bounds_have_no_derivative():
     np.testing.assert_array_equal(by_lower, np.zeros((4, 4)))
 
 
+@pytest.mark.slow
 def test_a_degenerate_vertex_converges():
     """The first of the multipliers vanishes, and so does the gradient of the second variable."""
 

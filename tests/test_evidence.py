@@ -43,6 +43,7 @@ def test_units_of_single_variables_turn_nothing_wrong_into_a_success(dtype):
     assert solved >= (6 if dtype == jnp.float64 else 4)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("c", [1e-4, 1e2, 1e4, 1e5])
 def test_units_do_not_spoil_the_adjoint(dtype, c):
@@ -180,6 +181,7 @@ def test_the_edge_of_a_domain_is_approached(x0):
     assert abs(sol.value - 1) < 1e-6
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("count", [20, 60, 300, 1000])
 def test_zero_modes_do_not_spoil_conjugate_gradients(count, dtype):

@@ -118,6 +118,7 @@ def test_a_solver_that_lies_is_found_out():
     assert report.result == dl.RESULTS.adjoint_not_converged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "linear_solver", [lx.CG(1e-12, 1e-12), lx.Cholesky(), lx.LU(), lx.SVD(), lx.GMRES(1e-12, 1e-12)]
 )
@@ -239,6 +240,7 @@ def preconditioned(preconditioner, flatten=True, throw=True):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flatten", [True, False])
 @pytest.mark.parametrize("kind", ["lbfgs", "function"])
 def test_preconditioners(kind, flatten):

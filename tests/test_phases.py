@@ -316,12 +316,31 @@ def test_no_newton_step_sends_the_solve_back_or_ends_it():
     ],
 )
 def test_without_a_polish_gradient_and_decrement_decide(grad_norm, slope, polish, expected):
-    here = ledger(SEARCH, least_energy=1.0)
+    here = ledger(SEARCH, least_energy=1.0, settled=True)
     told = terms(polish=polish)
     now = _phases.turned(here, jnp.asarray(True), number(grad_norm), number(slope), told)
     assert now.phase == expected
+    behind = dataclasses.replace(here, settled=jnp.asarray(False))
+    now = _phases.turned(behind, jnp.asarray(True), number(grad_norm), number(slope), told)
+    assert now.phase == SEARCH  # the gradient is small beside that of a cliff
     now = _phases.turned(here, jnp.asarray(False), number(grad_norm), number(slope), told)
     assert now.phase == SEARCH  # down the gradient there is no model
+
+
+@pytest.mark.parametrize(
+    ("y_norm", "slope", "settled"),
+    [(0.1, -0.1, True), (1e-3, -0.1, False), (1e-3, -0.04, True)],  # curvatures 1 and 0.01; bottom
+)
+def test_a_step_shows_the_curvature_that_is_remembered_or_a_bottom(y_norm, slope, settled):
+    trial = seen(slope=slope, y_norm=y_norm, curved=0.1 * y_norm)
+    assert after(ledger(SEARCH), trial)[1].settled == settled
+
+
+def test_the_whole_gradient_has_to_fall_before_the_end():
+    for grad_norm, phase in ((0.02, DONE), (0.05, NEWTON)):
+        trial = seen(f=2 - 0.5e-12, slope=0.0, grad_norm=grad_norm)
+        _, now, _ = after(ledger(NEWTON), trial, slope=-1e-12)
+        assert now.phase == phase
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e12])

@@ -48,6 +48,7 @@ def gradient_program(max_steps):
     return jax.jit(jax.grad(loss)).lower(jnp.ones(N)).compile()
 
 
+@pytest.mark.slow
 def test_no_dense_matrix_and_nothing_that_grows_with_max_steps():
     short, long = gradient_program(321), gradient_program(76543)
     for program in (short, long):

@@ -95,6 +95,7 @@ def test_each_lane_stops_alone():
         np.testing.assert_allclose(lanes.value[k], alone.value, atol=1e-12)
 
 
+@pytest.mark.slow
 class TestDerivatives:
     @staticmethod
     def stopped(theta, of="value", **settings):

@@ -358,11 +358,23 @@ def truths(name, draws, found):
     fun, loss = inner(family), outer(family)
 
     def newton(x, data):
+        """Descend to the minimizer in whose valley `x` lies, with the curvatures' sizes."""
+        lengths = 0.5 ** jnp.arange(20)
+
         def advance(_, x):
             H, g = jax.hessian(fun)(x, data), jax.grad(fun)(x, data)
-            return x - jnp.linalg.pinv(H, rtol=1e-13, hermitian=True) @ g
+            scale = 1 / jnp.sqrt(jnp.where(jnp.diagonal(H) == 0, 1, jnp.abs(jnp.diagonal(H))))
+            values, vectors = jnp.linalg.eigh(scale[:, None] * H * scale)
+            seen = jnp.abs(values) > 1e-13 * jnp.max(jnp.abs(values))
+            inverse = jnp.where(seen, 1 / jnp.where(seen, jnp.abs(values), 1), 0)
+            d = -scale * (vectors @ (inverse * (vectors.T @ (scale * g))))
+            f = jax.vmap(lambda t: fun(x + t * d, data))(lengths)
+            falls = f <= fun(x, data) + 1e-4 * lengths * (g @ d)
+            # At rounding level no length falls, and Newton's is the best there is.
+            t = jnp.where(jnp.any(falls), lengths[jnp.argmax(falls)], 1)
+            return x + t * d
 
-        return jax.lax.fori_loop(0, 5, advance, x)
+        return jax.lax.fori_loop(0, 20, advance, x)
 
     def error(x, at, data):
         """Return `‖x - x*‖` over `√E`, both in the energy norm at a minimizer; else infinity."""
@@ -461,10 +473,11 @@ def run(name, count, dtype, polish):
         "draws": draws,
         "found": found,
         "true": true,
-        "off": off / size,
+        "off": off,
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("polish", [0, 1])
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize("name", FAMILIES)
