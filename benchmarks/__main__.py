@@ -27,7 +27,16 @@ ABLATIONS = (
     "adjoints",
     "crossover",
 )
-SCRIPTS = ("hypergradient", "growth", "tasks", "outer_loop", "precision", "bounds", "forward")
+SCRIPTS = (
+    "hypergradient",
+    "growth",
+    "tasks",
+    "outer_loop",
+    "precision",
+    "bounds",
+    "forward",
+    "rescaled",
+)
 EVERY = (*SCRIPTS[:4], *ABLATIONS, *SCRIPTS[4:])
 DRAWN = (*SCRIPTS[:4], "limit", "compiling", "theory", "bounds", "forward")
 

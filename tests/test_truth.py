@@ -335,6 +335,7 @@ def solve_all(name, draws, dtype, polish):
         x0, data = draw
         _, grad, info = step(data, x0)
         sol = info.solution
+        g, H = (d(inner(family))(sol.value, data) for d in (jax.grad, jax.hessian))
         return {
             "x": sol.value,
             "converged": sol.converged,
@@ -345,7 +346,7 @@ def solve_all(name, draws, dtype, polish):
             "evaluations": sol.stats.num_fun_evals,
             "small": sol.stats.grad_norm <= rtol * sol.stats.reference_grad_norm,
             "still": jnp.any(jax.grad(inner(family))(x0, data) == 0),
-            "zero": sol.stats.grad_norm == 0,
+            "flat": jnp.any((g == 0) & (jnp.diagonal(H) == 0)),
             "exhausted": sol.result == dl.RESULTS.precision_limit,
         }
 
@@ -384,7 +385,9 @@ def truths(name, draws, found):
         off = jnp.sqrt(jnp.abs(d @ H @ d) / jnp.abs(size @ H @ size))
         least = jnp.linalg.eigvalsh(H)
         minimum = (least[0] >= -1e-9 * least[-1]) & (least[-1] > 0)
-        return jnp.where(minimum & jnp.isfinite(off), off, jnp.inf)
+        off = jnp.where(minimum & jnp.isfinite(off), off, jnp.inf)
+        plain = jnp.linalg.norm(x - at) / jnp.linalg.norm(at)  # if the curvature is infinite
+        return jnp.where(jnp.all(jnp.isfinite(H)), off, plain)
 
     def slopes(at, data):
         """Return the derivative of the loss by the implicit function theorem."""
@@ -459,9 +462,9 @@ def run(name, count, dtype, polish):
     off = np.linalg.norm(off, axis=1)
     least = 1e-4 if dtype == jnp.float64 else 1e-2
     excused = np.maximum(3 * found["estimate"], least * size)
-    # A search never leaves the variables along which the gradient is exactly zero at its start, and
-    # what underflows to zero has its minimum there. Both have no derivative.
-    wrong_value = converged & ~right & ~found["still"] & ~found["zero"]
+    # A search never leaves where it is along variables whose slopes are exactly zero at its start,
+    # and what underflows has no slope and no curvature at its end. Neither has a derivative.
+    wrong_value = converged & ~right & ~found["still"] & ~found["flat"]
     if polish == 0:  # without Hessian products the norm of the gradient is all that is said
         wrong_value &= ~(found["small"] | found["exhausted"])
     wrong_derivative = certified & (~(off <= excused) if family.exists else True)
