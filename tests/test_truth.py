@@ -387,7 +387,8 @@ def truths(name, draws, found):
         minimum = (least[0] >= -1e-9 * least[-1]) & (least[-1] > 0)
         off = jnp.where(minimum & jnp.isfinite(off), off, jnp.inf)
         plain = jnp.linalg.norm(x - at) / jnp.linalg.norm(at)  # if the curvature is infinite
-        return jnp.where(jnp.all(jnp.isfinite(H)), off, plain)
+        off = jnp.where(jnp.all(jnp.isfinite(H)), off, plain)
+        return jnp.where(jnp.isnan(off), jnp.inf, off)
 
     def slopes(at, data):
         """Return the derivative of the loss by the implicit function theorem."""
