@@ -353,7 +353,7 @@ def backtracked(
 def _barzilai_borwein(before: Any, after: Any) -> float:
     """Return how many times the last step, one along the gradient, the next is to be."""
     change = optax.tree.sub(before, after)
-    curvature = float(optax.tree.vdot(before, change))
+    curvature = float(jnp.asarray(optax.tree.vdot(before, change)))
     return curvature / norm(change) ** 2 if curvature > 0 else np.inf
 
 
