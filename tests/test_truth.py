@@ -377,10 +377,14 @@ def truths(name, draws, found):
 
         return jax.lax.fori_loop(0, 20, advance, x)
 
+    def curvature(at, data):
+        """Return scales of the variables, and the Hessian in these."""
+        scale = jnp.abs(at) + (at == 0)
+        return scale, jax.hessian(fun)(at, data) * scale * scale[:, None]
+
     def error(x, at, data):
         """Return `‖x - x*‖` over `√E`, both in the energy norm at a minimizer; else infinity."""
-        scale = jnp.abs(at) + (at == 0)
-        H = jax.hessian(fun)(at, data) * scale * scale[:, None]
+        scale, H = curvature(at, data)
         d, size = (x - at) / scale, at / scale
         off = jnp.sqrt(jnp.abs(d @ H @ d) / jnp.abs(size @ H @ size))
         least = jnp.linalg.eigvalsh(H)
@@ -392,9 +396,7 @@ def truths(name, draws, found):
 
     def slopes(at, data):
         """Return the derivative of the loss by the implicit function theorem."""
-        H = jax.hessian(fun)(at, data)
-        scale = jnp.abs(at) + (at == 0)
-        H = H * scale * scale[:, None]
+        scale, H = curvature(at, data)
         v = scale * jax.grad(loss)(at, data)
         u = scale * (jnp.linalg.pinv(H, rtol=1e-13, hermitian=True) @ v)
         mixed = jax.grad(lambda data: jax.grad(fun)(at, data) @ u)(data)
@@ -436,6 +438,11 @@ def in_precision(tree, dtype):
     return jax.tree.map(cast, tree)
 
 
+def norms(rows):
+    """Return the norm of every row, a number being one."""
+    return np.linalg.norm(rows.reshape(len(rows), -1), axis=1)
+
+
 def run(name, count, dtype, polish):
     """Return which of so many draws are wrong, by value and by derivative, and which are solved."""
     family = FAMILIES[name]
@@ -456,17 +463,16 @@ def run(name, count, dtype, polish):
     else:
         right = true["gap"] <= 1e-3 * true["started"]
     converged, certified = found["converged"], found["certified"]
-    size = (
-        np.linalg.norm(true["exact"], axis=1) if true["exact"].ndim > 1 else np.abs(true["exact"])
-    )
-    off = (found["grad"] - true["exact"]).reshape(count, -1)
-    off = np.linalg.norm(off, axis=1)
+    size = norms(true["exact"])
+    off = norms(found["grad"] - true["exact"])
     least = 1e-4 if dtype == jnp.float64 else 1e-2
     excused = np.maximum(3 * found["estimate"], least * size)
     # A search never leaves where it is along variables whose slopes are exactly zero at its start,
     # and what underflows has no slope and no curvature at its end. Neither has a derivative.
     wrong_value = converged & ~right & ~found["still"] & ~found["flat"]
-    if polish == 0:  # without Hessian products the norm of the gradient is all that is said
+    # Without Hessian products the norm of the gradient is all that is said: of values this checks
+    # that there is nothing else behind `converged`, and the derivatives are held to the truth.
+    if polish == 0:
         wrong_value &= ~(found["small"] | found["exhausted"])
     wrong_derivative = certified & (~(off <= excused) if family.exists else True)
     return {

@@ -34,6 +34,7 @@ def lane_by_lane(fun: Callable[..., _T], together: bool = False) -> Callable[...
     so, lanes that differ in the last argument only run `together` there, too: right-hand sides of
     one system, whose products are one batched product.
     """
+    # Every transformation asks for the program again, and several of them many times over.
     traced = eqx.filter_jit(fun)
 
     def wrapped(*args):

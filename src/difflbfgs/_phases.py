@@ -504,9 +504,7 @@ def decide(
         (after.runaway >= _RUNAWAY, RESULTS.unbounded),
         (newton.limit & degenerate, RESULTS.precision_limit),
         (newton.limit, RESULTS.no_minimizer),
-        (lost & hopeless & ledger.newton.falls, RESULTS.no_minimizer),
-        (lost & hopeless, RESULTS.precision_limit),
-        (lost, RESULTS.line_search_failed),
+        (lost, _why_lost(hopeless, ledger.newton)),
         (after.exhausted(terms), RESULTS.max_steps_reached),
     )
     # What follows is noted whether or not the solve is over, and XLA would compute all twice.
@@ -628,9 +626,7 @@ def answered(
     phase = _vector.where(ended, DONE, _vector.where(lost, SEARCH, ledger.phase))
     tightened = ledger.tightened(grad_norm)
     hopeless = ledger.at_noise_level(ledger.least_f, grad_norm)
-    why = RESULTS.where(newton.falls, RESULTS.no_minimizer, RESULTS.precision_limit)
-    how = RESULTS.where(hopeless, why, RESULTS.line_search_failed)
-    how = RESULTS.where(least, RESULTS.successful, how)
+    how = RESULTS.where(least, RESULTS.successful, _why_lost(hopeless, newton))
     return dataclasses.replace(
         ledger,
         phase=phase,
@@ -659,6 +655,12 @@ def turned(ledger: Ledger, known: Flag, grad_norm: Scalar, slope: Scalar, terms:
         phase=_vector.where(done, DONE, ledger.phase),
         result=RESULTS.where(done, RESULTS.successful, ledger.result),
     )
+
+
+def _why_lost(hopeless: Flag, newton: Findings) -> Any:
+    """Return how a solve ends that is stuck: whether rounding explains it, and all of it."""
+    noise = RESULTS.where(newton.falls, RESULTS.no_minimizer, RESULTS.precision_limit)
+    return RESULTS.where(hopeless, noise, RESULTS.line_search_failed)
 
 
 def _epsilon(like: Scalar) -> float:
