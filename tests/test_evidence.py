@@ -149,10 +149,11 @@ def noisy(size):
     return off
 
 
+@pytest.mark.parametrize("polish", [0, 1])
 @pytest.mark.parametrize(
-    ("size", "said"), [(1e-12, None), (1e-10, None), (1e-8, None), (1e-8, 1e-8), (1e-6, 1e-6)]
+    ("size", "said"), [(10.0**-k, None) for k in range(6, 13)] + [(1e-8, 1e-8), (1e-6, 1e-6)]
 )
-def test_noisy_values_with_exact_gradients(size, said):
+def test_noisy_values_with_exact_gradients(size, said, polish):
     rng = np.random.default_rng(0)
     Q = np.linalg.qr(rng.normal(size=(8, 8)))[0]
     A, b = jnp.asarray(Q @ np.diag(np.logspace(0, 2, 8)) @ Q.T), jnp.asarray(rng.normal(size=8))
@@ -162,7 +163,7 @@ def test_noisy_values_with_exact_gradients(size, said):
         return off(0.5 * x @ A @ x - b @ x, jax.lax.stop_gradient(jnp.sum(x)))
 
     def solve(b):
-        return solution(fun, jnp.zeros(8), b, solver=dl.LBFGS(noise=said))
+        return solution(fun, jnp.zeros(8), b, solver=dl.LBFGS(noise=said, polish=polish))
 
     def value(b):
         return solve(b).value

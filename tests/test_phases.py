@@ -246,15 +246,55 @@ def test_newton_at_rounding_level_ends_where_it_does_not_contract():
     assert not now.regular  # no minimum that can be differentiated was seen
 
 
-def test_newton_at_rounding_level_goes_on_if_only_the_gradient_was_asked_for():
-    """Terms of size 1e8 cancel to `f = 1e-10`, which is seen to fall by a decrement of 1e-10."""
+def test_newton_at_rounding_level_goes_on_if_the_objective_is_seen_to_fall():
+    """Beside `xᵀHx = 1e8` a decrement of 1e-10 is rounding, and `f = 1e-10` falls by half of it.
+
+    That counts if the gradient is large, or if only a gradient norm was asked for.
+    """
     cancelled = ledger(NEWTON, newton=findings(energy=1e8), least_f=1e-10)
     falls = seen(f=0.5e-10, slope=2e-11, grad_norm=1e-6)
     stays = seen(f=1e-10, slope=2e-11, grad_norm=1e-6)
-    for tried, rtol, phase in ((falls, 0.0, SEARCH), (stays, 0.0, DONE), (falls, 1e-10, DONE)):
-        _, now, _ = after(cancelled, tried, terms(rtol, 1e-8), slope=-1e-10, f=1e-10)
+    stuck = dataclasses.replace(cancelled, asked=jnp.asarray(True))
+    for before, tried, grad_norm, rtol, phase in (
+        (cancelled, falls, 0.1, 0.0, SEARCH),
+        (cancelled, falls, 0.1, 1e-10, SEARCH),
+        (cancelled, falls, 1e-5, 0.0, SEARCH),
+        (cancelled, falls, 1e-5, 1e-10, DONE),
+        (cancelled, stays, 0.1, 0.0, DONE),
+        (stuck, falls, 0.1, 0.0, DONE),
+    ):
+        _, now, _ = after(before, tried, terms(rtol, 1e-8), -1e-10, grad_norm, f=1e-10)
         assert now.phase == phase
         assert (now.result == dl.RESULTS.precision_limit) == (phase == DONE)
+
+
+NOISY = {"t": 1e-9, "f": 2 + 1e-7, "slope": -0.2}  # 1e-10 of a decrease is promised
+
+
+def test_search_that_is_contradicted_by_values_measures_their_noise_and_goes_on():
+    for polish in (0, 1):
+        asked = ledger(SEARCH, fresh=True, asked=True)
+        decision, now, _ = after(asked, seen(**NOISY), terms(polish=polish), line=out_of_trials())
+        assert (now.phase, bool(decision.restart)) == (SEARCH, True)
+        assert 1.9 < now.noise / (0.5e-7 / 2) + 1 < 2.1
+        known = dataclasses.replace(asked, noise=now.noise)
+        _, now, _ = after(known, seen(**NOISY), terms(polish=polish), line=out_of_trials())
+        assert now.noise == known.noise
+
+
+def test_a_jump_is_no_noise():
+    high = seen(**{**NOISY, "f": 2.1})
+    _, now, _ = after(ledger(SEARCH, fresh=True, asked=True), high, line=out_of_trials())
+    assert (now.phase, now.result == dl.RESULTS.line_search_failed) == (DONE, True)
+    assert now.noise == 0
+
+
+def test_newton_at_rounding_level_does_not_end_before_the_noise_is_known():
+    same = {"f": 2 + 1e-7, "grad_norm": 0.1, "slope": 0.5e-18}
+    decision, now, _ = after(ledger(NEWTON), seen(**same), slope=-1e-18)
+    assert (now.phase, bool(decision.taken)) == (SEARCH, False)
+    _, now, _ = after(ledger(NEWTON, noise=1e-7), seen(**same), slope=-1e-18)
+    assert (now.phase, now.result == dl.RESULTS.precision_limit) == (DONE, True)
 
 
 def test_newton_at_rounding_level_far_from_any_minimum():

@@ -114,3 +114,21 @@ def test_the_best_length_is_not_lost():
     assert not holds
     assert line.low.t > 1e6
     assert _wolfe.settled(line).t == line.low.t
+
+
+@pytest.mark.parametrize("t", [1.0, 1e-3, 1e-6, 1e-9])
+def test_noise_is_what_slopes_do_not_explain(t):
+    def rest(phi, wrong=1.0, off=0.0):
+        start, end = ((phi(a), wrong * jax.grad(phi)(a)) for a in jnp.asarray([0.0, t]))
+        return _wolfe.unexplained(*start, Trial(jnp.asarray(t), end[0] + off, end[1]))
+
+    for phi in (jnp.exp, jnp.cos, lambda t: -jnp.abs(t - 1e-7), lambda t: t**3 - t):
+        assert rest(phi) == 0  # smooth, and with a kink
+        for wrong in (-1.0, 0.2, 5.0):
+            assert rest(phi, wrong) == 0
+    assert rest(lambda s: -1e-9 * s, off=1e-7) == pytest.approx(1e-7, rel=0.02)
+    assert rest(lambda s: -s, off=1e-7) == pytest.approx(1e-7 if t < 1e-7 else 0)
+    start = jnp.asarray(1.0), jnp.asarray(-1e-9)
+    noisy = Trial(jnp.asarray(t), jnp.asarray(2.0), jnp.asarray(-1e-9))
+    assert _wolfe.unexplained(*start, noisy) > 0.9
+    assert _wolfe.unexplained(*start, noisy, jnp.asarray(True)) == 0

@@ -15,6 +15,7 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | | the Wolfe conditions do not hold yet | SEARCH, another `t` |
 | | out of trials | SEARCH, the best `t` met, which is then taken |
 | | out of trials, and none fell | SEARCH, down the gradient, the memory emptied |
+| | the same, and the values contradict the slopes | the same, and their noise is measured |
 | | they hold: taken; the gradient is below `atol` | DONE, `successful`; NEWTON with a polish |
 | | taken; the gradient is small enough to hand over | NEWTON |
 | | taken; without a polish, gradient and decrement are small | DONE, `successful` |
@@ -24,7 +25,8 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | | does not; the step before did, or `x` is at rounding, and `λ²` is small | DONE, `successful` |
 | | contracts, or leads down to another face of the bounds | taken; NEWTON |
 | | does not; `λ²` is rounding of `xᵀHx`, or of `f` and the solve is stuck or long | DONE |
-| | the same with `rtol=0`, and `f` is seen to fall by it | SEARCH |
+| | the same, but the gradient is large or `rtol=0`, and `f` is seen to fall by it | SEARCH |
+| | the same, but values contradict slopes, and their noise is not known yet | SEARCH |
 | | does not; stuck | DONE, `line_search_failed` |
 | | does not, or there is no such step | SEARCH, to a smaller gradient before the next |
 | any | stuck again, at rounding | DONE, `precision_limit` |
@@ -77,6 +79,8 @@ _RUNAWAY_STEP = 1e3
 # the one that it meets.
 _BOTTOM = 0.25
 _REMEMBERED = 16.0
+# An objective whose values are wrong by more than this part of them jumps, and is not noisy.
+_NOISIEST = 1e-5
 # Trials after which a search within the noise of the objective is content with what it has.
 _FEW = 5
 
@@ -87,7 +91,7 @@ class Terms(eqx.Module):
     Attributes:
         rtol: relative tolerance; see the module.
         atol: absolute tolerance on the gradient norm.
-        noise: error of the objective's values relative to them, but for rounding.
+        noise: error of the objective's values relative to them, but for rounding, as far as known.
         polish: number of Newton steps.
         max_steps: bound on the steps, or `None`.
     """
@@ -201,6 +205,7 @@ class Ledger(eqx.Module):
         result: how the solve ended.
         scale: the size of things.
         least_f, least_grad_norm: the least so far.
+        noise: error of the objective's values relative to them, as measured.
         stalled, runaway: steps without progress, and without a bottom.
         settled: the last step met the curvature that is remembered, or a bottom along it: on the
             tail of a cliff neither is so, and the gradient is small beside what it was.
@@ -226,6 +231,7 @@ class Ledger(eqx.Module):
     scale: Scale
     least_f: Scalar
     least_grad_norm: Scalar
+    noise: Scalar
     stalled: Count
     runaway: Count
     settled: Flag
@@ -332,6 +338,7 @@ def first(zero: Scalar, hand_over: Any, reference: Scalar, curvature: Scalar) ->
         scale=Scale(reference, curvature, zero, jnp.asarray(True)),
         least_f=inf,
         least_grad_norm=inf,
+        noise=zero,
         stalled=none,
         runaway=none,
         settled=no,
@@ -409,6 +416,7 @@ class _Polished(eqx.Module):
         trial: Trial,
         holds: Flag,
         noise: Scalar,
+        noisy: Flag,
         terms: Terms,
     ):
         """Judge the step from `here`; `holds` says that it would do for a line search."""
@@ -442,9 +450,11 @@ class _Polished(eqx.Module):
         )
         waited = ledger.asked | (ledger.num_steps >= _LONG)
         flat = tiny | (decrement <= rounds) | (waited & hidden)
-        # The rounding of `xᵀHx` is no reason to end if only a gradient norm was asked for.
-        more = (terms.rtol == 0) & seen_to_fall
-        limit = solved & ~contracts & flat & ~more
+        # `xᵀHx` may be larger than all terms of the objective, next to a wall: it is no reason to
+        # end beside a large gradient, or if only a gradient norm was asked for.
+        steep = (terms.rtol == 0) | ~ledger.scale.is_near(here.grad_norm)
+        more = seen_to_fall & steep & ~ledger.asked
+        limit = solved & ~contracts & flat & ~more & ~noisy
         return cls(decrement, hidden, contracts, kept, enough, left, limit)
 
     def is_degenerate(self, energy: Scalar) -> Flag:
@@ -468,12 +478,17 @@ def decide(
     away = jnp.full_like(here.f, jnp.inf)
     trial = _vector.where(finite, seen.trial, Trial(seen.trial.t, away, away))
     # Two values are compared, and both are wrong.
-    noise = rounding(ledger.least_f) + 2 * terms.noise * jnp.abs(ledger.least_f)
+    relative = jnp.maximum(terms.noise, ledger.noise)
+    noise = rounding(ledger.least_f) + 2 * relative * jnp.abs(ledger.least_f)
     noise = _vector.where(starting, 0, noise)
 
     search = _Searched.of(searching, line, here, seen, trial, ledger.least_f + noise)
     holds = search.judged.holds
-    newton = _Polished.of(polishing, ledger, here, seen, trial, holds, noise, terms)
+    # What slopes do not explain of the difference of two values is the noise of both.
+    rest = jnp.maximum(line.unexplained, search.judged.unexplained)
+    measured = 0.5 * rest / _vector.nonzero(jnp.abs(here.f))
+    noisy = (rest > noise) & (measured <= _NOISIEST)
+    newton = _Polished.of(polishing, ledger, here, seen, trial, holds, noise, noisy, terms)
     search, newton = jax.lax.optimization_barrier((search, newton))
     taken = (starting & finite) | search.ended | newton.kept
     step = search.ended | search.failed | newton.kept
@@ -483,7 +498,8 @@ def decide(
 
     more = ~newton.enough | (ledger.polished + 1 < terms.polish)
     again = newton.kept & (newton.contracts | seen.elsewhere()) & more
-    stuck = (searching & taken & (after.stalled >= _STALLED)) | (search.failed & ledger.fresh)
+    failed = search.failed & ledger.fresh & ~noisy
+    stuck = (searching & taken & (after.stalled >= _STALLED)) | failed
     zero = (taken | polishing) & (grad_norm == 0)
     least = (taken | polishing) & (grad_norm <= terms.atol)
     near = _is_near(ledger, after, line, here, seen, taken)
@@ -520,6 +536,7 @@ def decide(
         phase=_vector.where(done, DONE, following),
         following=following,
         result=result,
+        noise=_vector.where(search.failed & noisy, measured, ledger.noise),
         asked=_vector.where(stuck, ask, ledger.asked & ~moving),
         ask_at=_vector.where(
             ask & ~polishing, jnp.maximum(ledger.ask_at, 2 * after.num_steps), ledger.ask_at

@@ -62,6 +62,10 @@ class Scale(eqx.Module):
         """
         return jnp.minimum(self.start, self.curvature * jnp.minimum(1, self.size))
 
+    def is_near(self, grad_norm: Scalar) -> Flag:
+        """Return whether a gradient is below `eps^(1/4)` of the reference, and may be noise."""
+        return grad_norm <= jnp.finfo(grad_norm.dtype).eps ** 0.25 * self.reference()
+
     def noise(self, f: Scalar) -> Scalar:
         """Return the rounding error to expect of the objective.
 
@@ -101,10 +105,9 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
     end one that makes progress. One that is stuck because squares of its gradient underflow has not
     met this limit either.
     """
-    eps = jnp.finfo(f.dtype).eps
     own = scale.local & (grad_norm <= rounding(scale.curvature * scale.size))
     turn = _TURN / _short(f.dtype) * grad_norm
     kink = turn / nonzero(scale.curvature) * turn
     hidden = jnp.maximum(predicted, rounding(kink)) <= scale.noise(f)
     squarable = grad_norm >= jnp.finfo(f.dtype).tiny ** 0.5
-    return (own | hidden) & squarable & (grad_norm <= eps**0.25 * scale.reference())
+    return (own | hidden) & squarable & scale.is_near(grad_norm)

@@ -30,6 +30,8 @@ _SHY, _BOLD = 1.1, 10.0
 _MARGIN = 0.1
 _SHRINKING = 0.66
 _RETREAT = 0.1
+# A change in the objective is noise if it is so many times what the slopes promise.
+_FAR_ABOVE = 10.0
 
 
 class Trial(eqx.Module):
@@ -50,6 +52,8 @@ class Line(eqx.Module):
         width: the width of the bracket, infinite as long as there is none.
         bracketed: whether there is a bracket.
         trials: how many lengths were tried.
+        unexplained: the most that slopes did not explain of a change in the objective, far above
+            what they promise.
     """
 
     t: Scalar
@@ -58,6 +62,7 @@ class Line(eqx.Module):
     width: Scalar
     bracketed: Flag
     trials: Count
+    unexplained: Scalar
 
     def last(self) -> Flag:
         """Return whether the trial to come is the last."""
@@ -65,18 +70,26 @@ class Line(eqx.Module):
 
 
 class Judgement(eqx.Module):
-    """What a trial is worth: whether it falls enough, and whether the search may end there."""
+    """What a trial is worth.
+
+    Attributes:
+        falls: it falls enough.
+        holds: the search may end there.
+        best: no better one was met.
+        unexplained: see the function.
+    """
 
     falls: Flag
     holds: Flag
     best: Flag
+    unexplained: Scalar
 
 
 def begin(f: Scalar, slope: Scalar, t: Scalar) -> Line:
     """Return the line of a search that starts with the length `t`."""
     start = Trial(jnp.zeros_like(f), f, slope)
-    none = jnp.asarray(False)
-    return Line(t, start, start, jnp.full_like(f, jnp.inf), none, jnp.asarray(0, jnp.int32))
+    none, zero = jnp.asarray(False), jnp.zeros_like(f)
+    return Line(t, start, start, zero + jnp.inf, none, jnp.asarray(0, jnp.int32), zero)
 
 
 def judge(
@@ -104,7 +117,21 @@ def judge(
         level_out |= kink & (trial.slope >= CURVATURE * slope)
     holds = falls & level_out
     noise = level - f
-    return Judgement(falls, holds, falls & ~(line.bracketed & (trial.f > line.low.f + noise)))
+    best = falls & ~(line.bracketed & (trial.f > line.low.f + noise))
+    return Judgement(falls, holds, best, unexplained(f, slope, trial, kink))
+
+
+def unexplained(f: Scalar, slope: Scalar, trial: Trial, kink: Flag | None = None) -> Scalar:
+    """Return what slopes between those at both ends do not explain of the change in the objective.
+
+    It is 0 if that is not far more than they promise: what a wrong gradient leaves shrinks with the
+    step as the promise does, and noise does not. With a `kink` in the way slopes say nothing.
+    """
+    mean, half = 0.5 * (trial.slope + slope), 0.5 * jnp.abs(trial.slope - slope)
+    rest = jnp.abs(trial.f - f - trial.t * mean) - trial.t * half
+    promise = trial.t * jnp.maximum(jnp.abs(slope), jnp.abs(trial.slope))
+    noise = (rest > _FAR_ABOVE * promise) & (rest < jnp.inf)
+    return _vector.where(noise if kink is None else noise & ~kink, rest, 0)
 
 
 def advance(line: Line, trial: Trial, judged: Judgement, finite: Flag) -> Line:
@@ -120,7 +147,8 @@ def advance(line: Line, trial: Trial, judged: Judgement, finite: Flag) -> Line:
     inside = _inside(new_low, new_high, width < _SHRINKING * line.width, finite)
     t = _vector.where(bracketed, inside, _beyond(low, trial))
     width = _vector.where(bracketed, width, jnp.inf)
-    return Line(t, new_low, new_high, width, bracketed, line.trials + 1)
+    most = jnp.maximum(line.unexplained, judged.unexplained)
+    return Line(t, new_low, new_high, width, bracketed, line.trials + 1, most)
 
 
 def _inside(low: Trial, high: Trial, shrinking: Flag, finite: Flag) -> Scalar:
