@@ -1,5 +1,6 @@
 """When is a solve over? Inputs at which a memory of the way, or a norm in one unit, is misled."""
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,6 +171,68 @@ def test_noisy_values_with_exact_gradients(size, said, polish):
 
     assert solve(b).converged
     assert relative_error(jax.jacrev(value)(b), jnp.linalg.inv(A)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("polish", [0, 1])
+def test_fits_with_an_adaptive_integrator_inside(polish):
+    """A drug is absorbed and eliminated: logarithms of two rates and a volume, 16 subjects."""
+    times, usual = jnp.asarray([0.25, 0.5, 1.0, 2.0, 4.0, 8.0]), jnp.asarray([-1.0, 0.5, 0.0])
+
+    def closed(p, tol):
+        out, to, volume = jnp.exp(p)
+        return to / (to - out) * (jnp.exp(-out * times) - jnp.exp(-to * times)) / volume
+
+    def integrated(p, tol):
+        out, to, volume = jnp.exp(p)
+
+        def rate(t, y, args):
+            return jnp.stack([-to * y[0], to * y[0] - out * y[1]])
+
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(rate),
+            diffrax.Tsit5(),
+            0.0,
+            times[-1],
+            None,
+            jnp.asarray([1.0, 0.0]),
+            saveat=diffrax.SaveAt(ts=times),
+            stepsize_controller=diffrax.PIDController(rtol=tol, atol=1e-2 * tol),
+            adjoint=diffrax.DirectAdjoint(),
+            max_steps=256,
+        )
+        return solution.ys[:, 1] / volume
+
+    rng = np.random.default_rng(0)
+    subjects = usual + 0.3 * jnp.asarray(rng.normal(size=(16, 3)))
+    data = jax.vmap(lambda p: jnp.log(closed(p, None)))(subjects)
+    data += 0.1 * jnp.asarray(rng.normal(size=data.shape))
+
+    def fits(model):
+        @jax.jit
+        def fit(tol, noise):
+            def fun(p, measured):
+                misfit = jnp.sum((jnp.log(model(p, tol)) - measured) ** 2)
+                return misfit / 0.1**2 + jnp.sum((p - usual) ** 2)
+
+            def one(measured):
+                solver = dl.LBFGS(noise=noise, polish=polish)
+                sol = solution(fun, usual + 0.4, measured, solver=solver)
+                return sol.value, sol.converged
+
+            return jax.lax.map(one, data)
+
+        return fit
+
+    exact, fit = fits(closed)(0.0, 0.0)[0], fits(integrated)
+    for tol in 10.0 ** -np.arange(3, 9):
+        values, converged = fit(tol, tol / 10)
+        assert jnp.all(converged), tol
+        assert jnp.max(jnp.abs(values - exact)) < 10 * tol
+        # Where it has to be measured, the solve may say that it is stuck.
+        values, converged = fit(tol, 0.0)
+        assert jnp.mean(converged) >= 0.5, tol
+        assert jnp.max(jnp.abs(values - exact), where=converged[:, None], initial=0) < 10 * tol
 
 
 @pytest.mark.parametrize("x0", [2.0, 1e3, 1e5, 1e8, 1e12])

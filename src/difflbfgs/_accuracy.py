@@ -200,9 +200,10 @@ def _attempt(
     result = RESULTS.where(has_converged(outcome.result), result, outcome.result)
     value, v = outer.value_and_gradient(best.x)
     residual = exact.length(_vector.sub(v, inner.product(best.x, best.u)))
-    low, high = refined.low, refined.high
+    low, high, products = refined.low, refined.high, further(own, exact, refined.num_steps)
     if isinstance(exact.solver, Dense):  # assembled where the search ended, and not at `best.x`
         low, high = spectrum(SymmetricOperator.of(partial(inner.product, best.x), u).as_matrix())
+        products += _vector.size(u)
     return Certified(
         outcome=_moved(outcome, problem, best.x, refined.num_trips),
         value=value,
@@ -210,7 +211,7 @@ def _attempt(
         u=best.u,
         result=result,
         num_adjoint_steps=report.num_steps,
-        num_estimate_steps=further(own, exact, refined.num_steps),
+        num_estimate_steps=products,
         adjoint_residual=residual / _vector.nonzero(exact.length(v)),
         error_estimate=error,
         min_curvature=low,

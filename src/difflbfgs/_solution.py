@@ -41,7 +41,8 @@ class RESULTS(_OptimistixResults):
     line_search_failed = (
         "No acceptable step was found, not even along the steepest descent, and the gradient is "
         "above the noise level. The objective may be non-smooth or discontinuous here, its "
-        "gradient wrong, or its variables badly scaled; the best point found is returned under "
+        "gradient wrong, or its variables badly scaled; or its values are inexact, and "
+        "`LBFGS(noise=...)` is to say how much. The best point found is returned under "
         "`throw=False`."
     )
     no_minimizer = (
