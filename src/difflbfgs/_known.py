@@ -242,8 +242,7 @@ class _Step(eqx.Module):
 
         If it is zero, a vector of signs stands for it, to meet negative curvature all the same.
         """
-        signs = jax.random.rademacher(jax.random.key(0), x.shape, x.dtype)
-        b = _vector.unit(_vector.where(grad_norm > 0, g, signs))
+        b = _vector.unit(_vector.where(grad_norm > 0, g, _vector.rademacher(x, 0)))
         if x.size <= DENSE_SIZE:
             step = cls._direct(hvp, x, b, _krylov.slack(x, grad_norm))
         else:

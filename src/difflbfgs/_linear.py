@@ -175,19 +175,13 @@ def equilibrate(hvp: Callable[[Vector], Vector], like: Vector, *others: Vector) 
     is no diagonal. (D. Ruiz, A scaling algorithm to equilibrate both rows and columns norms in
     matrices, RAL-TR-2001-034.) Elsewhere scaling would only cost products.
     """
-    leaves, structure = jax.tree.flatten(like)
 
     def vector(k):
-        """Return a vector of signs, always the same for each number, or one of the others."""
-        signs = structure.unflatten(
-            [
-                jax.random.rademacher(jax.random.key(k * len(leaves) + i), leaf.shape, leaf.dtype)
-                for i, leaf in enumerate(leaves)
-            ]
-        )
+        """Return a vector of signs, or one of the others."""
+        p = _vector.rademacher(like, k)
         for i, other in enumerate(others):
-            signs = _vector.where(k == _PROBES + i, other, signs)
-        return signs
+            p = _vector.where(k == _PROBES + i, other, p)
+        return p
 
     def unbalanced(carry):
         rounds, _, apart, *_ = carry

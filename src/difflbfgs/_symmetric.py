@@ -89,9 +89,9 @@ def _fill(product, free, like: Vector) -> Scalar:
 
     Rows of another size would look like variables in another unit.
     """
-    key, ones = jax.random.key(0), jax.tree.map(jnp.ones_like, like)
-    signs = [jax.random.rademacher(key, leaf.shape, leaf.dtype) for leaf in like]
-    seen, all_of_them = _vector.norm(product(kept(free, signs))), _vector.norm(kept(free, ones))
+    ones = jax.tree.map(jnp.ones_like, like)
+    seen = _vector.norm(product(kept(free, _vector.rademacher(like, 0))))
+    all_of_them = _vector.norm(kept(free, ones))
     size = seen / _vector.nonzero(all_of_them)
     return jnp.where(jnp.isfinite(size), _vector.nonzero(size), 1)
 
