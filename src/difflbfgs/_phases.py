@@ -452,7 +452,7 @@ class _Polished(eqx.Module):
         flat = tiny | (decrement <= rounds) | (waited & hidden)
         # `xᵀHx` may be larger than all terms of the objective, next to a wall: it is no reason to
         # end beside a large gradient, or if only a gradient norm was asked for.
-        steep = (terms.rtol == 0) | ~ledger.scale.is_near(here.grad_norm)
+        steep = (terms.rtol == 0) | ~ledger.scale.may_be_noise(here.grad_norm)
         more = seen_to_fall & steep & ~ledger.asked
         limit = solved & ~contracts & flat & ~more & ~noisy
         return cls(decrement, hidden, contracts, kept, enough, left, limit)

@@ -62,8 +62,8 @@ class Scale(eqx.Module):
         """
         return jnp.minimum(self.start, self.curvature * jnp.minimum(1, self.size))
 
-    def is_near(self, grad_norm: Scalar) -> Flag:
-        """Return whether a gradient is below `eps^(1/4)` of the reference, and may be noise."""
+    def may_be_noise(self, grad_norm: Scalar) -> Flag:
+        """Return whether a gradient is so small, `eps^(1/4)` of the reference."""
         return grad_norm <= jnp.finfo(grad_norm.dtype).eps ** 0.25 * self.reference()
 
     def noise(self, f: Scalar) -> Scalar:
@@ -110,4 +110,4 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
     kink = turn / nonzero(scale.curvature) * turn
     hidden = jnp.maximum(predicted, rounding(kink)) <= scale.noise(f)
     squarable = grad_norm >= jnp.finfo(f.dtype).tiny ** 0.5
-    return (own | hidden) & squarable & scale.is_near(grad_norm)
+    return (own | hidden) & squarable & scale.may_be_noise(grad_norm)
