@@ -675,9 +675,13 @@ def turned(ledger: Ledger, known: Flag, grad_norm: Scalar, slope: Scalar, terms:
 
 
 def _why_lost(hopeless: Flag, newton: Findings) -> Any:
-    """Return how a solve ends that is stuck: whether rounding explains it, and all of it."""
+    """Return how a solve ends that is stuck: whether rounding explains it, and all of it.
+
+    Noise in one unit is no reason where the Hessian, in the scales of the variables, is indefinite.
+    """
     noise = RESULTS.where(newton.falls, RESULTS.no_minimizer, RESULTS.precision_limit)
-    return RESULTS.where(hopeless, noise, RESULTS.line_search_failed)
+    saddle = newton.negative & ~newton.valid & ~newton.falls
+    return RESULTS.where(hopeless & ~saddle, noise, RESULTS.line_search_failed)
 
 
 def _epsilon(like: Scalar) -> float:
