@@ -74,6 +74,15 @@ def quadratic(condition, n=20, seed=1):
     return fun, solution, jnp.asarray(rng.normal(size=4))
 
 
+@jax.custom_jvp
+def inexact(f, size, k):
+    """Make a value wrong by a part of it that depends on `k`, and leave its derivatives exact."""
+    return f * (1 + size * jnp.sin(1e9 * k))
+
+
+inexact.defjvp(lambda primals, tangents: (inexact(*primals), tangents[0]))
+
+
 @jax.custom_vjp
 def _double(g):
     return 2 * g

@@ -35,8 +35,9 @@ def test_ends_at_the_step_that_it_names(polish):
     assert not solution.converged
     assert solution.stats.num_steps in (7, 8)  # a search that failed is no step taken
     step = named[int(solution.stats.num_steps)]
-    assert solution.objective == step.objective
-    assert solution.stats.grad_norm == step.grad_norm
+    # Two programs round differently, and a path of seven steps carries that on.
+    assert solution.objective == pytest.approx(float(step.objective), rel=1e-9)
+    assert solution.stats.grad_norm == pytest.approx(float(step.grad_norm), rel=1e-9)
     assert solution.stats.num_steps < whole.stats.num_steps
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import difflbfgs as dl
+from problems import inexact
 
 FAMILIES = {}
 
@@ -157,15 +158,6 @@ def cliffs():
     return fun, draw
 
 
-@jax.custom_jvp
-def off(f, size, k):
-    """Make a value wrong by a part of it, and leave its derivatives exact."""
-    return f * (1 + size * jnp.sin(1e9 * k))
-
-
-off.defjvp(lambda primals, tangents: (off(*primals), tangents[0]))
-
-
 @family(lambda theta, fixed: theta)
 def noise():
     """Values wrong by up to 1e-6, as those of an adaptive integrator, with exact gradients."""
@@ -173,7 +165,7 @@ def noise():
     def fun(x, theta, fixed):
         z = x - theta
         f = 0.5 * z @ fixed["A"] @ z + jnp.sum(bent(z)) + fixed["constant"]
-        return off(f, fixed["size"], jax.lax.stop_gradient(jnp.sum(x)))
+        return inexact(f, fixed["size"], jax.lax.stop_gradient(jnp.sum(x)))
 
     def draw(rng, digits):
         theta = rng.normal(size=N)

@@ -53,7 +53,8 @@ class HypergradInfo(eqx.Module):
             (`uncertified`, `accuracy_not_reached`); a member of `difflbfgs.RESULTS`.
         num_adjoint_steps: steps of the adjoint's linear solver: products with the Hessian, or with
             a dense factorisation the number of variables.
-        num_estimate_steps: the same for `error_estimate`; 0 if the adjoint's factor serves.
+        num_estimate_steps: the same for `error_estimate`. If the adjoint's factor serves, 0; with
+            `accuracy`, what its curvatures take.
         adjoint_residual: `‖∇ₓF - H u‖ / ‖∇ₓF‖`, recomputed from `u`; of scaled variables if their
             rows of `H` differ by orders of magnitude.
         error_estimate: estimated 2-norm of `grad - exact`, over all leaves; infinite if the

@@ -32,7 +32,7 @@ class LBFGS(eqx.Module):
             0 for none: the search goes on until the test of the gradient holds.
         flatten: work on one flat vector. `False` keeps the leaves of `x0` and their sharding.
         noise: error of the objective's values, relative to them, if that is above rounding, as with
-            an adaptive integrator inside. `None`: measured when a search is stuck, up to 1e-5.
+            an adaptive integrator inside. `None`: measured if a search gets stuck, to 1e-5.
 
     Raises:
         TypeError: if an argument has the wrong type.

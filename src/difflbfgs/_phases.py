@@ -30,6 +30,7 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | | does not; stuck | DONE, `line_search_failed` |
 | | does not, or there is no such step | SEARCH, to a smaller gradient before the next |
 | any | stuck again, at rounding | DONE, `precision_limit` |
+| | the same, with an indefinite Hessian | DONE, `line_search_failed` |
 | | the same, with a slope along a variable that has no curvature | DONE, `no_minimizer` |
 | | five searches in a row met no bottom | DONE, `unbounded` |
 | | `max_steps` | DONE, `max_steps_reached` |

@@ -85,7 +85,10 @@ def nonzero(length: Scalar) -> Scalar:
 
 
 def signs(like: Array) -> Array:
-    """Return ones of both signs, in a fixed pattern that no period matches."""
+    """Return ones of both signs, in a fixed pattern that no period matches.
+
+    The first two differ, and random ones of a short array may not.
+    """
     k = jax.lax.iota(jnp.uint32, like.size).reshape(like.shape)
     return jnp.where(jax.lax.population_count(k) % 2 == 0, 1, -1).astype(like.dtype)
 

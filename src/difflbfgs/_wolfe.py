@@ -76,7 +76,7 @@ class Judgement(eqx.Module):
         falls: it falls enough.
         holds: the search may end there.
         best: no better one was met.
-        unexplained: see the function.
+        unexplained: what slopes do not explain of its change in the objective.
     """
 
     falls: Flag
