@@ -68,9 +68,9 @@ def newton_step(
     first = _vector.dot(b, b)
 
     def unfinished(carry):
-        _, _, _, (square, test), step, (*_, ended), _ = carry
+        _, _, _, (square, test), step, (*_, flat), _ = carry
         short = (test > forcing) | (square > _RESIDUAL * first)
-        return wanted & short & (square > 0) & ~ended & (step < most)
+        return wanted & short & (square > 0) & (flat == 0) & (step < most)
 
     def advance(carry):
         u, r, p, (square, _), step, (low, high, _), model = carry
@@ -80,6 +80,7 @@ def newton_step(
         low, high = jnp.minimum(low, quotient), jnp.maximum(high, jnp.abs(quotient))
         ended = ~(quotient > zero_curvature(high, 0.0))
         alpha = jnp.where(ended, 0, square / jnp.where(ended, 1, curvature))
+        flat = jnp.where(ended, square / jnp.sqrt(length), 0)
         u = _vector.add_scaled(u, alpha, p)
         r = _vector.add_scaled(r, -alpha, hp)
         after = _vector.dot(r, r)
@@ -87,7 +88,7 @@ def newton_step(
         model = model + gain
         test = (step + 1) * gain / _vector.nonzero(model)
         p = _vector.add_scaled(r, after / square, p)
-        return u, r, p, (after, test), step + 1, (low, high, ended), model
+        return u, r, p, (after, test), step + 1, (low, high, flat), model
 
     zero, inf = jnp.zeros_like(energy), jnp.full_like(energy, jnp.inf)
     start = (
@@ -96,21 +97,24 @@ def newton_step(
         b,
         (first, inf),
         count(0),
-        (inf, zero, jnp.asarray(False)),
+        (inf, zero, zero),
         zero,
     )
     body = _lanes.active(unfinished, advance)
     end = jax.lax.while_loop(lambda c: _lanes.anywhere(unfinished(c)), body, start)
-    u, _, _, (square, test), steps, (low, high, ended), _ = end
+    u, _, _, (square, test), steps, (low, high, flat), _ = end
     d = _vector.scale(-1, _vector.mul(scale, u))
     slope = _vector.dot(g, d)
-    solved = (square <= _RESIDUAL * first) & ((test <= forcing) | ended | (square == 0))
+    solved = (square <= _RESIDUAL * first) & ((test <= forcing) | (flat != 0) | (square == 0))
     solved &= jnp.isfinite(energy)
     negative = (low < -zero_curvature(high, 0.0)) | falls
     # Beside a minimum with a symmetry there is a little, and the step leads there all the same.
     explained = solved & (low >= -forgiven) & ~falls
     valid = (~negative | explained) & (slope < 0)
     valid &= jnp.isfinite(slope) & jnp.isfinite(_vector.norm(d))
+    # The gradient is wrong by rounding of the largest curvature times the size of `x`.
+    length = _vector.norm(jax.tree.map(jnp.divide, x, scale))
+    negative |= ~solved & (flat > rounding(high * length))
     residual = jnp.where(square == 0, 0, test)
     products = spent if small else spent + steps
     return d, slope, Findings(valid, negative, falls, solved, residual, energy, size, products)

@@ -30,7 +30,7 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | | does not; stuck | DONE, `line_search_failed` |
 | | does not, or there is no such step | SEARCH, to a smaller gradient before the next |
 | any | stuck again, at rounding | DONE, `precision_limit` |
-| | the same, with an indefinite Hessian | DONE, `line_search_failed` |
+| | the same; the Hessian is indefinite, or zero along a slope | DONE, `line_search_failed` |
 | | the same, with a slope along a variable that has no curvature | DONE, `no_minimizer` |
 | | five searches in a row met no bottom | DONE, `unbounded` |
 | | `max_steps` | DONE, `max_steps_reached` |
@@ -170,7 +170,8 @@ class Findings(eqx.Module):
     Attributes:
         valid: `d` is a descent direction, and the Hessian positive definite as far as was seen, or
             its negative curvature no more than the gradient explains.
-        negative: negative curvature was seen.
+        negative: negative curvature was seen, or none along a direction with a slope that is more
+            than rounding.
         falls: there is a slope along a variable, and no curvature.
         solved: its equations were solved as well as was asked.
         residual: the part of `λ²` that was left of them.
@@ -678,10 +679,11 @@ def turned(ledger: Ledger, known: Flag, grad_norm: Scalar, slope: Scalar, terms:
 def _why_lost(hopeless: Flag, newton: Findings) -> Any:
     """Return how a solve ends that is stuck: whether rounding explains it, and all of it.
 
-    Noise in one unit is no reason where the Hessian, in the scales of the variables, is indefinite.
+    Noise in one unit is no reason where the Hessian, in the scales of the variables, is indefinite,
+    or where it is zero and the gradient is not.
     """
     noise = RESULTS.where(newton.falls, RESULTS.no_minimizer, RESULTS.precision_limit)
-    saddle = newton.negative & ~newton.valid & ~newton.falls
+    saddle = newton.negative & ~(newton.valid & newton.solved) & ~newton.falls
     return RESULTS.where(hopeless & ~saddle, noise, RESULTS.line_search_failed)
 
 
