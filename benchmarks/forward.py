@@ -223,7 +223,9 @@ def judged(runs, value_and_grad, x0, tolerance) -> dict:
     first = float(value_and_grad(x0)[0])
     reports = []
     for run in runs:
-        f, g = value_and_grad(jnp.asarray(run.x, x0.dtype))
+        x = jnp.asarray(run.x, x0.dtype)
+        noise = conditioning(value_and_grad, x)
+        f, g = value_and_grad(x)
         norm = float(jnp.linalg.norm(g))
         # The program that judges rounds a little differently from the one that was judged.
         small = norm <= 1.01 * tolerance
@@ -234,7 +236,7 @@ def judged(runs, value_and_grad, x0, tolerance) -> dict:
                 "solved": bool(small and run.evaluations <= MAX_EVALUATIONS),
                 "false": bool(run.claim == "success" and not small),
                 "worse": bool(np.isfinite(first) and not f <= first + rounding(first, x0.dtype)),
-                "rises": rises(run.values, x0.dtype),
+                "rises": rises(run.values, x0.dtype, noise),
                 "objective": float(f),
                 "grad_norm": norm,
             }
@@ -244,17 +246,29 @@ def judged(runs, value_and_grad, x0, tolerance) -> dict:
     return {**best, "false": nominal["false"]}
 
 
-def rises(values, dtype) -> int:
-    """Return how many steps raised the objective beyond its rounding error."""
+def rises(values, dtype, noise=0.0) -> int:
+    """Return how many steps raised the objective beyond its rounding error, of this least size."""
     return sum(
-        bool(not after <= before + rounding(before, dtype))
+        bool(not after <= before + max(rounding(before, dtype), noise))
         for before, after in itertools.pairwise(values)
     )
 
 
+def conditioning(value_and_grad, x) -> float:
+    """Return ten times what a rounding of the variables changes of the objective.
+
+    If large terms cancel in it, that is more than the rounding of its value. Zero if not finite.
+    """
+    f = float(value_and_grad(x)[0])
+    every = np.where(np.random.default_rng(0).integers(2, size=(8, *x.shape)), 1, -1)
+    moved = (x * (1 + jnp.finfo(x.dtype).eps * jnp.asarray(signs, x.dtype)) for signs in every)
+    change = max(abs(float(value_and_grad(each)[0]) - f) for each in moved)
+    return 10 * change if np.isfinite(change) else 0.0
+
+
 def rounding(value, dtype) -> float:
-    """Return the rounding error to expect of an objective of this size."""
-    return 10 * float(jnp.finfo(dtype).eps) * abs(value)
+    """Return the rounding error to expect of an objective of this size, and that of the bound."""
+    return 11 * float(jnp.finfo(dtype).eps) * abs(value)
 
 
 def line(row) -> str:

@@ -293,6 +293,22 @@ def bounds_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def rescaled_table(rows: list[dict]) -> str:
+    """Return a table of the problems solved in other units, and of what was claimed falsely."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    heads = [f"{kind}, {dtype}" for dtype in dtypes for kind in ("solved", "false successes")]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for name in ("difflbfgs", "polish=0", "SciPy", "JAXopt", "Optimistix"):
+        cells = []
+        for dtype in dtypes:
+            own = [row[name] for row in rows if row["dtype"] == dtype]
+            false = sum(each["false"] for each in own)
+            cells.append(f"{sum(each['solved'] for each in own)} of {len(own)}")
+            cells.append(str(false) if name in ("difflbfgs", "polish=0") else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def outer_loop_table(rows: list[dict]) -> str:
     """Return a table of the costs of outer loops, over those of exact solves."""
     problems = list(dict.fromkeys(row["problem"] for row in rows))
@@ -370,6 +386,7 @@ TABLES = {
     "compiling": compiling_table,
     "forward": forward_table,
     "bounds": bounds_table,
+    "rescaled": rescaled_table,
     "outer_loop": outer_loop_table,
 }
 PAGES = (ROOT / "docs" / "benchmarks.md",)

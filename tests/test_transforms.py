@@ -268,9 +268,9 @@ def test_theta_may_hold_anything():
     assert relative_error(gradient, jax.grad(exact_outer)(THETA)) < 1e-9
 
 
-@pytest.mark.parametrize("n", [8, 70])
-def test_many_cotangents_are_solved_together_and_alike(n):
-    """Below and above the dense limit; 70 columns make two blocks and a rest."""
+@pytest.mark.parametrize(("n", "columns"), [(8, 8), (70, 2), (70, 70), (1100, 34)])
+def test_many_cotangents_are_solved_together_and_alike(n, columns):
+    """By one factor, and beyond the dense limits in blocks of conjugate gradients and a rest."""
     A = np.random.default_rng(5).normal(size=(n, n))
     H = jnp.asarray(A @ A.T / n + np.eye(n))
 
@@ -280,15 +280,37 @@ def test_many_cotangents_are_solved_together_and_alike(n):
     def value(theta):
         return dl.minimize(fun, jnp.zeros(n), theta).value
 
-    thetas = jnp.asarray(np.random.default_rng(6).normal(size=(2, n)))
-    tasks = jax.jit(jax.vmap(jax.jacrev(value)))(thetas)
-    for theta, task in zip(thetas, tasks, strict=True):
+    def pull(theta):
         x, vjp = jax.vjp(value, theta)
-        exact = jnp.linalg.inv(H + 0.1 * jnp.diag(jnp.cosh(x)))
-        jacobian = jax.jit(jax.jacrev(value))(theta)
-        assert relative_error(jacobian, exact) < 1e-9
+        return x, vjp, jax.vmap(lambda v: vjp(v)[0])(jnp.eye(n)[:columns])
+
+    thetas = jnp.asarray(np.random.default_rng(6).normal(size=(2, n)))
+    tasks = jax.jit(jax.vmap(lambda theta: pull(theta)[2]))(thetas)
+    for theta, task in zip(thetas, tasks, strict=True):
+        x, vjp, rows = pull(theta)
+        exact = jnp.linalg.inv(H + 0.1 * jnp.diag(jnp.cosh(x)))[:columns]
+        assert relative_error(rows, exact) < 1e-9
         assert relative_error(task, exact) < 1e-9
-        assert relative_error(vjp(jnp.eye(n)[3])[0], exact[3]) < 1e-9
+        assert relative_error(vjp(jnp.eye(n)[1])[0], exact[1]) < 1e-9
+
+
+def test_second_derivatives_factorise_once_for_all_of_their_columns():
+    """`jax.hessian` is a `vmap` of 70 columns around one of a single one."""
+    n = 70
+    A = np.random.default_rng(5).normal(size=(n, n))
+    H = jnp.asarray(A @ A.T / n + np.eye(n))
+
+    def loss(theta):
+        def fun(x, theta):
+            return 0.5 * x @ (H @ x) - theta @ x
+
+        return 0.5 * jnp.sum(dl.minimize(fun, jnp.zeros(n), theta).value ** 2)
+
+    inverse = jnp.linalg.inv(H)
+    theta = jnp.ones(n)
+    assert relative_error(jax.hessian(loss)(theta), inverse @ inverse) < 1e-9
+    assert "cholesky" in str(jax.make_jaxpr(jax.hessian(loss))(theta))
+    assert "cholesky" not in str(jax.make_jaxpr(jax.grad(loss))(theta))
 
 
 def test_one_of_many_cotangents_may_be_zero_or_refused():

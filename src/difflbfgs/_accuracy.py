@@ -42,10 +42,9 @@ from difflbfgs._solution import RESULTS, Outcome, count, has_converged, raised
 from difflbfgs._task import Task
 from difflbfgs._vector import Count, Flag, Scalar, Vector
 
-# The tolerances of the first solve and its adjoint are the accuracy wanted, but no less than the
-# first, as a Newton step gains the rest for less, and no more than the second.
-_TIGHTEST = 1e-2
-_LOOSEST = 1e-1
+# The tolerance of the first solve and its adjoint, whatever the accuracy wanted. From there a
+# Newton step gains the rest for less; from further away it may not contract.
+_FIRST = 2e-2
 # By so much the tolerance shrinks before the search goes on.
 _NARROWER = 1e-2
 # No system is solved to a smaller part than this, as the Newton step is no better.
@@ -137,8 +136,13 @@ def _accurate(task, inner, outer, start, wanted) -> Certified:
         warm = dataclasses.replace(warm, search=cold.search)
     u = _vector.zeros_like(search.x0)
     nothing = _nothing(outcome_of(cold, box), u, inner.theta)
-    rtol = jnp.clip(jnp.asarray(wanted.relative, dtype), _TIGHTEST, _LOOSEST)
-    first = _Attempts(nothing, warm, u if start is None else start, rtol, jnp.asarray(False))
+    first = _Attempts(
+        best=nothing,
+        state=warm,
+        u=u if start is None else start,
+        rtol=jnp.asarray(_FIRST, dtype),
+        over=jnp.asarray(False),
+    )
     end: Any = jax.lax.while_loop(lambda now: _lanes.anywhere(~now.over), advance, first)
     return end.best
 

@@ -84,7 +84,7 @@ class _Exact(AbstractAdjoint):
 
         Note:
             It costs what one adjoint does. Up to 64 entries the matrix is assembled and factorised
-            once, for any number of right-hand sides under `jax.vmap`.
+            once, for any number of right-hand sides under `jax.vmap`; for many of them, up to 1024.
 
         Examples:
             >>> import jax.numpy as jnp, difflbfgs as dl
@@ -101,10 +101,10 @@ class _Exact(AbstractAdjoint):
             )
         return _symmetric.solve(self, operator, b, throw)
 
-    def system(self, operator, slack, preconditioner):
+    def system(self, operator, slack, preconditioner, num=1):
         """Return `H u = v`, ready to be solved."""
         if self.linear_solver is None:
-            return default_system(operator, slack, preconditioner)
+            return default_system(operator, slack, preconditioner, num)
         return System.of(operator, self.linear_solver, slack, preconditioner, rounds=1)
 
     def solve_system(self, system, v, achieved, start=None):
@@ -147,8 +147,9 @@ class ImplicitAdjoint(_Exact):
         Only a bare `jax.jvp` or `jax.jacfwd` needs `ForwardImplicitAdjoint`.
 
         Up to 64 variables `n` it costs `n` Hessian-vector products, batched, and a factorisation,
-        for any number of cotangents. Beyond that it costs as many products as conjugate gradients
-        takes, for each cotangent, and memory for a few vectors.
+        for any number of cotangents; for many of them at once, up to 1024 variables. Beyond that it
+        costs as many products as conjugate gradients takes, for each cotangent, and memory for a
+        few vectors.
 
         The residual is recomputed from the solution, in scaled variables if their rows of `H`
         differ by orders of magnitude. `P` is an operator on PyTrees like the inexact leaves of
@@ -205,9 +206,9 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
         """Whether a solve with the Hessian multiplies by it."""
         return self.refine > 0
 
-    def system(self, operator, slack, preconditioner):
+    def system(self, operator, slack, preconditioner, num=1):
         """Return `H u = v`, ready to be solved."""
-        return default_system(operator, slack, preconditioner)
+        return default_system(operator, slack, preconditioner, num)
 
     def solve_system(self, system, v, achieved, start=None):
         """Return `P v`, refined."""

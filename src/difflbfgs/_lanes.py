@@ -22,17 +22,19 @@ from difflbfgs._vector import Flag
 
 _T = TypeVar("_T")
 
-# So many right-hand sides of one system run together; more would want more memory, and wait longer
-# for the last of them.
+# So many right-hand sides of one system run together on a CPU; more would want more memory, and
+# wait longer for the last of them.
 _BLOCK = 32
 
 
-def lane_by_lane(fun: Callable[..., _T], together: bool = False) -> Callable[..., _T]:
+def lane_by_lane(
+    fun: Callable[..., _T], together: Callable[..., _T] | None = None
+) -> Callable[..., _T]:
     """Return `fun` of any PyTrees, whose lanes under `jax.vmap` run in turn on a CPU.
 
-    It returns arrays. The result cannot be differentiated: to be used inside a custom rule. If told
-    so, lanes that differ in the last argument only run `together` there, too: right-hand sides of
-    one system, whose products are one batched product.
+    It returns arrays. The result cannot be differentiated: to be used inside a custom rule. Lanes
+    that differ in the last argument only, right-hand sides of one system, are left to `together`:
+    it takes them all, along a first axis.
     """
     # Every transformation asks for the program again, and several of them many times over.
     traced = eqx.filter_jit(fun)
@@ -47,30 +49,50 @@ def lane_by_lane(fun: Callable[..., _T], together: bool = False) -> Callable[...
         @call.def_vmap
         def in_lanes(axis_size, is_batched, arrays):
             batched, shared = eqx.partition(arrays, is_batched[0])
-            one_system = together and not any(jax.tree.leaves(is_batched[0][:-1]))
 
-            def in_turn(batched, shared, batch_size=None):
-                # A further `vmap` around, or that of a batch, meets `call` again.
-                def one(lane):
-                    return call(eqx.combine(lane, shared))
-
-                return jax.lax.map(one, batched, batch_size=batch_size)
+            def in_turn(batched, shared):
+                # A further `vmap` around meets `call` again.
+                return jax.lax.map(lambda lane: call(eqx.combine(lane, shared)), batched)
 
             def at_once(batched, shared):
                 return jax.vmap(lambda lane: traced(*eqx.combine(lane, shared, rest)))(batched)
 
-            def in_blocks(batched, shared):
-                if axis_size > _BLOCK:
-                    return in_turn(batched, shared, _BLOCK)
-                return lane_by_lane(at_once)(batched, shared)
+            def at_length(leaf, is_batched):
+                return leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
 
-            cpu = in_blocks if one_system else in_turn
-            found: Any = by_platform(batched, shared, cpu=cpu, default=at_once)
+            if together is None or any(jax.tree.leaves(is_batched[0][:-1])):
+                found: Any = by_platform(batched, shared, cpu=in_turn, default=at_once)
+            else:
+                last = jax.tree.map(at_length, arrays[-1], is_batched[0][-1])
+                many = lane_by_lane(together, _flattened(together))
+                found = many(*eqx.combine((*arrays[:-1], last), rest))
             return found, jax.tree.map(lambda _: True, found)
 
         return call(arrays)
 
     return wrapped
+
+
+def _flattened(together: Callable[..., _T]) -> Callable[..., _T]:
+    """Return `together` for right-hand sides along two axes, as of a `vmap` in a `vmap`."""
+
+    def call(*args):
+        *shared, batch = args
+        one, other = jax.tree.leaves(batch)[0].shape[:2]
+        flat = jax.tree.map(lambda leaf: leaf.reshape(one * other, *leaf.shape[2:]), batch)
+        found = together(*shared, flat)
+        return jax.tree.map(lambda leaf: leaf.reshape(one, other, *leaf.shape[1:]), found)
+
+    return call
+
+
+def in_blocks(fun: Callable[[Any], _T], batch: Any) -> _T:
+    """Return `fun` of right-hand sides along the first axis, as many at once as is good."""
+
+    def blocks(batch):
+        return jax.lax.map(fun, batch, batch_size=_BLOCK)
+
+    return by_platform(batch, cpu=blocks, default=jax.vmap(fun))
 
 
 def by_platform(*args, cpu: Callable[..., _T], default: Callable[..., _T]) -> _T:

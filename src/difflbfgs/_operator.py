@@ -17,6 +17,9 @@ from jaxtyping import PyTree
 from difflbfgs._program import Program, trace
 from difflbfgs._vector import Vector
 
+# So many products at once want little memory for what is computed on the way.
+_BATCH = 64
+
 
 class SymmetricOperator(lx.AbstractLinearOperator):
     """`v -> A v` with `A` symmetric positive semidefinite, as far as its maker knows."""
@@ -43,11 +46,17 @@ class SymmetricOperator(lx.AbstractLinearOperator):
         return self.structure.unflatten(self.program(self.consts, *jax.tree.leaves(vector)))
 
     def as_matrix(self):
-        """Return `A` as a matrix, from one batched product."""
+        """Return `A` as a matrix, from batched products."""
         zeros = self.structure.unflatten([jnp.zeros(*shape) for shape in self.shapes])
         flat, unravel = ravel_pytree(zeros)
-        rows = jax.vmap(lambda row: ravel_pytree(self.mv(unravel(row)))[0])
-        return rows(jnp.eye(flat.size, dtype=flat.dtype))
+
+        def row(unit):
+            return ravel_pytree(self.mv(unravel(unit)))[0]
+
+        units = jnp.eye(flat.size, dtype=flat.dtype)
+        if flat.size <= _BATCH:
+            return jax.vmap(row)(units)
+        return jax.lax.map(row, units, batch_size=_BATCH)
 
     def transpose(self):
         """Return the operator itself."""

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from difflbfgs import _vector
 from difflbfgs._checks import shown
-from difflbfgs._lanes import lane_by_lane
+from difflbfgs._lanes import in_blocks, lane_by_lane
 from difflbfgs._linear import Report, System, differentiable_solve
 from difflbfgs._operator import HessianOperator, SymmetricOperator, kept
 from difflbfgs._problem import interior
@@ -34,7 +34,7 @@ def solve(adjoint: AbstractAdjoint, operator: Any, b: PyTree, throw: bool) -> tu
 
 @eqx.filter_jit
 def _solve(adjoint, operator, b, throw):
-    """Prepare once for all right-hand sides, and solve in lanes, as one compiled program."""
+    """Solve in lanes, as one compiled program."""
     frozen = _without_derivative(operator)
     hessian = operator if isinstance(operator, HessianOperator) else None
     slack = jnp.zeros(()) if hessian is None else hessian.slack
@@ -44,10 +44,9 @@ def _solve(adjoint, operator, b, throw):
         fill = None if free is None else _fill(_product(frozen), free, v)
         prepared = SymmetricOperator.of(_completed(adjoint, _product(frozen), free, fill), v)
         slack = jax.lax.stop_gradient(jnp.asarray(slack, _vector.dtype(v)))
-        system = adjoint.system(prepared, slack, None)
 
         def in_lanes(_, v):
-            return lane_by_lane(_solve_alone)(adjoint, system, v, throw)
+            return lane_by_lane(_solve_alone, _solve_many)(adjoint, prepared, slack, throw, v)
 
         matvec = _completed(adjoint, _product(operator), free, fill)
         found = differentiable_solve(matvec, v, in_lanes, has_aux=True)
@@ -55,7 +54,16 @@ def _solve(adjoint, operator, b, throw):
     return _from_vector(u, operator), report
 
 
-def _solve_alone(adjoint, system: System, v: Vector, throw: bool) -> tuple[Vector, Report]:
+def _solve_alone(adjoint, operator, slack, throw: bool, v: Vector) -> tuple[Vector, Report]:
+    return _solved(adjoint, adjoint.system(operator, slack, None), throw, v)
+
+
+def _solve_many(adjoint, operator, slack, throw: bool, vs: Vector) -> tuple[Vector, Report]:
+    system = adjoint.system(operator, slack, None, len(jax.tree.leaves(vs)[0]))
+    return in_blocks(lambda v: _solved(adjoint, system, throw, v), vs)
+
+
+def _solved(adjoint, system: System, throw: bool, v: Vector) -> tuple[Vector, Report]:
     u, report = adjoint.solve_system(system, v, jnp.zeros((), _vector.dtype(v)))
     failed = (report.result != RESULTS.successful) & ~_vector.is_zero(v)
     if throw:

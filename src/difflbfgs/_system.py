@@ -13,6 +13,10 @@ from difflbfgs._vector import Scalar, Vector
 
 # Up to this many variables the Hessian is assembled (see `crossover` in benchmarks/ablations.py).
 DENSE_SIZE = 64
+# With several right-hand sides, up to so many for each of them, as conjugate gradients take about
+# that many products for each; and never more than the second, for the sake of memory.
+_PER_SIDE = 30
+_LARGEST = 1024
 _MAX_PRODUCTS = 10_000
 
 
@@ -47,8 +51,12 @@ class AbstractAdjoint(eqx.Module):
         operator: SymmetricOperator,
         slack: Scalar,
         preconditioner: SymmetricOperator | None,
+        num: int = 1,
     ) -> System:
-        """Return `H u = v`, ready to be solved; of either sign, curvature below `slack` is none."""
+        """Return `H u = v`, ready to be solved for so many `v`.
+
+        Curvature of either sign below `slack` is none.
+        """
 
     @abc.abstractmethod
     def solve_system(
@@ -58,11 +66,15 @@ class AbstractAdjoint(eqx.Module):
 
 
 def default_system(
-    operator: SymmetricOperator, slack: Scalar, preconditioner: SymmetricOperator | None
+    operator: SymmetricOperator,
+    slack: Scalar,
+    preconditioner: SymmetricOperator | None,
+    num: int = 1,
 ) -> System:
-    """Return `H u = v` with the solver that suits its size."""
+    """Return `H u = v` with the solver that suits its size, and the number of right-hand sides."""
     n = operator.out_size()
-    if n <= DENSE_SIZE and preconditioner is None:
+    most = DENSE_SIZE if num == 1 else min(max(DENSE_SIZE, _PER_SIDE * num), _LARGEST)
+    if n <= most and preconditioner is None:
         return System.of(operator, Dense(slack), slack)
     solver = ConjugateGradient(0.1, min(10 * n, _MAX_PRODUCTS))
     return System.of(operator, solver, slack, preconditioner)

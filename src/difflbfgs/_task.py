@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from difflbfgs import _box, _krylov, _memory, _vector
 from difflbfgs._face import Face, Smooth
-from difflbfgs._lanes import lane_by_lane
+from difflbfgs._lanes import in_blocks, lane_by_lane
 from difflbfgs._linear import Report, System, differentiable_solve
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem, interior
@@ -87,7 +87,7 @@ class Task(eqx.Module):
         """
 
         def solve(_, b):
-            alone = lane_by_lane(Task._solve_adjoint_alone, together=True)
+            alone = lane_by_lane(Task._solve_adjoint_alone, Task._solve_adjoint_of_many)
             return alone(self, problem, outcome, b)
 
         matvec = self._hessian(problem, outcome)  # for the derivatives of this solve
@@ -96,7 +96,16 @@ class Task(eqx.Module):
 
     def _solve_adjoint_alone(self, problem: Smooth, outcome: Outcome, v: Vector):
         operator = SymmetricOperator.of(self._hessian(problem, outcome), v)
-        u, report = self.solve_system(self.system(problem, operator, outcome), outcome, v)
+        return self._solved(self.system(problem, operator, outcome), outcome, v)
+
+    def _solve_adjoint_of_many(self, problem: Smooth, outcome: Outcome, vs: Vector):
+        """Solve for the right-hand sides along the first axis, from one preparation."""
+        operator = SymmetricOperator.of(self._hessian(problem, outcome), outcome.x)
+        system = self.system(problem, operator, outcome, len(jax.tree.leaves(vs)[0]))
+        return in_blocks(lambda v: self._solved(system, outcome, v), vs)
+
+    def _solved(self, system: System, outcome: Outcome, v: Vector) -> tuple[Vector, Report]:
+        u, report = self.solve_system(system, outcome, v)
         spoilt = (report.result != RESULTS.successful) | ~self.trusts(outcome)
         factor = jnp.where(spoilt & ~_vector.is_zero(v), jnp.nan, 1)
         return _vector.scale(factor, u), report
@@ -107,15 +116,17 @@ class Task(eqx.Module):
         ridge = self.adjoint.ridge
         return lambda p: _vector.add_scaled(product(outcome.x, p), ridge, problem.free(p))
 
-    def system(self, problem: Smooth, operator: SymmetricOperator, outcome: Outcome) -> System:
-        """Return `H u = v`, preconditioned and ready to be solved."""
+    def system(
+        self, problem: Smooth, operator: SymmetricOperator, outcome: Outcome, num: int = 1
+    ) -> System:
+        """Return `H u = v`, preconditioned and ready to be solved for so many `v`."""
         apply = self._preconditioner(outcome)
         if apply is not None and isinstance(problem, Face):
             apply = problem.restricted(apply)
         preconditioner = None if apply is None else SymmetricOperator.of(apply, outcome.x)
         grad_norm = jax.lax.stop_gradient(outcome.stats.grad_norm)
         slack = _krylov.slack(jax.lax.stop_gradient(outcome.x), grad_norm)
-        return self.adjoint.system(operator, slack, preconditioner)
+        return self.adjoint.system(operator, slack, preconditioner, num)
 
     def solve_system(
         self, system: System, outcome: Outcome, v: Vector, start: Vector | None = None
