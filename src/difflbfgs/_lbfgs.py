@@ -41,7 +41,7 @@ class LBFGS(eqx.Module):
 
     Note:
         With `polish=0` the test is `‖∇f(x)‖₂ <= atol + rtol · reference`, with a gradient norm
-        typical of the problem for the reference.
+        typical of the problem for the reference. It says little if variables differ in units.
 
         A step takes one evaluation of the objective with its gradient, or a few, and about
         `4 · memory_size · n` multiplications. Memory is about `2 · memory_size + 15` vectors. A
