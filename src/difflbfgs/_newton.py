@@ -114,10 +114,11 @@ def newton_step(
     valid &= jnp.isfinite(slope) & jnp.isfinite(_vector.norm(d))
     # The gradient is wrong by rounding of the largest curvature times the size of `x`.
     length = _vector.norm(jax.tree.map(jnp.divide, x, scale))
-    negative |= ~solved & (flat > rounding(high * length))
+    steep = ~solved & (flat > rounding(high * length))
     residual = jnp.where(square == 0, 0, test)
     products = spent if small else spent + steps
-    return d, slope, Findings(valid, negative, falls, solved, residual, energy, size, products)
+    found = Findings(valid, negative, falls, steep, solved, residual, energy, size, products)
+    return d, slope, found
 
 
 def _assembled(

@@ -170,9 +170,9 @@ class Findings(eqx.Module):
     Attributes:
         valid: `d` is a descent direction, and the Hessian positive definite as far as was seen, or
             its negative curvature no more than the gradient explains.
-        negative: negative curvature was seen, or none along a direction with a slope that is more
-            than rounding.
+        negative: negative curvature was seen.
         falls: there is a slope along a variable, and no curvature.
+        steep: the same along a direction that conjugate gradients met.
         solved: its equations were solved as well as was asked.
         residual: the part of `λ²` that was left of them.
         energy: `xᵀHx`, or `sᵀHs` of the step to `x` if that is larger.
@@ -183,6 +183,7 @@ class Findings(eqx.Module):
     valid: Flag
     negative: Flag
     falls: Flag
+    steep: Flag
     solved: Flag
     residual: Scalar
     energy: Scalar
@@ -351,7 +352,7 @@ def first(zero: Scalar, hand_over: Any, reference: Scalar, curvature: Scalar) ->
         steps_energy=zero,
         least_energy=zero,
         predicted=inf,
-        newton=Findings(no, no, no, no, zero, zero, zero, none),
+        newton=Findings(no, no, no, no, no, zero, zero, zero, none),
         polished=none,
         achieved=inf,
         regular=jnp.asarray(True),
@@ -683,7 +684,7 @@ def _why_lost(hopeless: Flag, newton: Findings) -> Any:
     or where it is zero and the gradient is not.
     """
     noise = RESULTS.where(newton.falls, RESULTS.no_minimizer, RESULTS.precision_limit)
-    saddle = newton.negative & ~(newton.valid & newton.solved) & ~newton.falls
+    saddle = (newton.steep | (newton.negative & ~newton.valid)) & ~newton.falls
     return RESULTS.where(hopeless & ~saddle, noise, RESULTS.line_search_failed)
 
 
