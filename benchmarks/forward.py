@@ -224,8 +224,8 @@ def judged(runs, value_and_grad, x0, tolerance) -> dict:
     reports = []
     for run in runs:
         x = jnp.asarray(run.x, x0.dtype)
-        noise = conditioning(value_and_grad, x)
         f, g = value_and_grad(x)
+        noise = conditioning(value_and_grad, x, float(f))
         norm = float(jnp.linalg.norm(g))
         # The program that judges rounds a little differently from the one that was judged.
         small = norm <= 1.01 * tolerance
@@ -246,20 +246,19 @@ def judged(runs, value_and_grad, x0, tolerance) -> dict:
     return {**best, "false": nominal["false"]}
 
 
-def rises(values, dtype, noise=0.0) -> int:
-    """Return how many steps raised the objective beyond its rounding error, of this least size."""
+def rises(values, dtype, noise) -> int:
+    """Return how many steps raised the objective beyond its rounding error and this noise."""
     return sum(
         bool(not after <= before + max(rounding(before, dtype), noise))
         for before, after in itertools.pairwise(values)
     )
 
 
-def conditioning(value_and_grad, x) -> float:
-    """Return ten times what a rounding of the variables changes of the objective.
+def conditioning(value_and_grad, x, f) -> float:
+    """Return ten times what a rounding of the variables changes of the objective `f`.
 
     If large terms cancel in it, that is more than the rounding of its value. Zero if not finite.
     """
-    f = float(value_and_grad(x)[0])
     every = np.where(np.random.default_rng(0).integers(2, size=(8, *x.shape)), 1, -1)
     moved = (x * (1 + jnp.finfo(x.dtype).eps * jnp.asarray(signs, x.dtype)) for signs in every)
     change = max(abs(float(value_and_grad(each)[0]) - f) for each in moved)

@@ -21,6 +21,7 @@ import numpy as np
 import difflbfgs as dl
 import forward
 import harness
+import report
 from problems import objectives
 
 SOLVED = {"float64": 1e-8, "float32": 1e-4}
@@ -134,12 +135,8 @@ def main():
     print(f"{'':36s} " + "  ".join(f"{name:>14s}" for name in SOLVERS))
     rows = list(itertools.chain(*(measure(dtype, families) for dtype in dtypes)))
     harness.keep(options, rows)
-    for dtype in dtypes:
-        own = [row for row in rows if row["dtype"] == dtype]
-        counts = {name: sum(row[name]["solved"] for row in own) for name in SOLVERS}
-        false = {name: sum(row[name]["false"] for row in own) for name in list(SOLVERS)[:2]}
-        print(f"{dtype}: solved of {len(own)}: {counts}; false claims: {false}")
-        assert not false["difflbfgs"]
+    print(f"\n{report.rescaled_table(rows)}")
+    assert not any(row["difflbfgs"]["false"] for row in rows)
 
 
 if __name__ == "__main__":

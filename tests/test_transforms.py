@@ -280,18 +280,18 @@ def test_many_cotangents_are_solved_together_and_alike(n, columns):
     def value(theta):
         return dl.minimize(fun, jnp.zeros(n), theta).value
 
-    def pull(theta):
-        x, vjp = jax.vjp(value, theta)
-        return x, vjp, jax.vmap(lambda v: vjp(v)[0])(jnp.eye(n)[:columns])
+    def rows(theta):
+        _, vjp = jax.vjp(value, theta)
+        return jax.vmap(lambda v: vjp(v)[0])(jnp.eye(n)[:columns])
 
     thetas = jnp.asarray(np.random.default_rng(6).normal(size=(2, n)))
-    tasks = jax.jit(jax.vmap(lambda theta: pull(theta)[2]))(thetas)
+    tasks = jax.jit(jax.vmap(rows))(thetas)
     for theta, task in zip(thetas, tasks, strict=True):
-        x, vjp, rows = pull(theta)
-        exact = jnp.linalg.inv(H + 0.1 * jnp.diag(jnp.cosh(x)))[:columns]
-        assert relative_error(rows, exact) < 1e-9
-        assert relative_error(task, exact) < 1e-9
-        assert relative_error(vjp(jnp.eye(n)[1])[0], exact[1]) < 1e-9
+        x, vjp = jax.vjp(value, theta)
+        exact = jnp.linalg.inv(H + 0.1 * jnp.diag(jnp.cosh(x)))
+        assert relative_error(jax.jit(rows)(theta), exact[:columns]) < 1e-9
+        assert relative_error(task, exact[:columns]) < 1e-9
+        assert relative_error(vjp(jnp.eye(n)[3])[0], exact[3]) < 1e-9
 
 
 def test_second_derivatives_factorise_once_for_all_of_their_columns():

@@ -68,19 +68,19 @@ def newton_step(
     first = _vector.dot(b, b)
 
     def unfinished(carry):
-        _, _, _, (square, test), step, (*_, flat), _ = carry
+        _, _, _, (square, test), step, (*_, ended), _ = carry
         short = (test > forcing) | (square > _RESIDUAL * first)
-        return wanted & short & (square > 0) & (flat == 0) & (step < most)
+        return wanted & short & (square > 0) & ~ended & (step < most)
 
     def advance(carry):
-        u, r, p, (square, _), step, (low, high, _), model = carry
+        u, r, p, (square, _), step, (low, high, *_), model = carry
         hp = _vector.mul(scale, hvp(_vector.mul(scale, p)))
         curvature, length = _vector.dot(p, hp), _vector.dot(p, p)
         quotient = curvature / length
         low, high = jnp.minimum(low, quotient), jnp.maximum(high, jnp.abs(quotient))
         ended = ~(quotient > zero_curvature(high, 0.0))
         alpha = jnp.where(ended, 0, square / jnp.where(ended, 1, curvature))
-        flat = jnp.where(ended, square / jnp.sqrt(length), 0)
+        flat = jnp.where(ended, square / jnp.sqrt(length), 0)  # the slope along `p`
         u = _vector.add_scaled(u, alpha, p)
         r = _vector.add_scaled(r, -alpha, hp)
         after = _vector.dot(r, r)
@@ -88,7 +88,7 @@ def newton_step(
         model = model + gain
         test = (step + 1) * gain / _vector.nonzero(model)
         p = _vector.add_scaled(r, after / square, p)
-        return u, r, p, (after, test), step + 1, (low, high, flat), model
+        return u, r, p, (after, test), step + 1, (low, high, flat, ended), model
 
     zero, inf = jnp.zeros_like(energy), jnp.full_like(energy, jnp.inf)
     start = (
@@ -97,15 +97,15 @@ def newton_step(
         b,
         (first, inf),
         count(0),
-        (inf, zero, zero),
+        (inf, zero, zero, jnp.asarray(False)),
         zero,
     )
     body = _lanes.active(unfinished, advance)
     end = jax.lax.while_loop(lambda c: _lanes.anywhere(unfinished(c)), body, start)
-    u, _, _, (square, test), steps, (low, high, flat), _ = end
+    u, _, _, (square, test), steps, (low, high, flat, ended), _ = end
     d = _vector.scale(-1, _vector.mul(scale, u))
     slope = _vector.dot(g, d)
-    solved = (square <= _RESIDUAL * first) & ((test <= forcing) | (flat != 0) | (square == 0))
+    solved = (square <= _RESIDUAL * first) & ((test <= forcing) | ended | (square == 0))
     solved &= jnp.isfinite(energy)
     negative = (low < -zero_curvature(high, 0.0)) | falls
     # Beside a minimum with a symmetry there is a little, and the step leads there all the same.
