@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import difflbfgs as dl
-from difflbfgs._program import trace
+from difflbfgs._program import _known, trace
 
 
 def objective(x, theta):
@@ -112,6 +112,18 @@ def traced(activation):
     return trace(lambda x: jnp.sum(activation(x)), jnp.ones(3))[0]
 
 
+def test_a_program_is_forgotten_with_the_last_who_uses_it():
+    def scaled(factor):
+        return traced(lambda x: factor * x**2)
+
+    first = scaled(2.0)
+    known = set(_known)
+    assert scaled(2.0) is first
+    assert set(_known) == known
+    assert scaled(3.0) is not first
+    assert set(_known) == known  # the other one is gone
+
+
 RATE = 2.0
 
 
@@ -136,24 +148,24 @@ def reverse_rule(bound):
     return identity
 
 
-def test_programs_are_equal_only_if_their_custom_rules_are(monkeypatch):
-    assert traced(forward_rule(lambda: 2.0)) == traced(forward_rule(lambda: 2.0))
-    assert traced(forward_rule(lambda: 2.0)) != traced(forward_rule(lambda: 3.0))
-    assert traced(reverse_rule(1.0)) == traced(reverse_rule(1.0))
-    assert traced(reverse_rule(1.0)) != traced(reverse_rule(2.0))
+def test_programs_are_the_same_only_if_their_custom_rules_are(monkeypatch):
+    assert traced(forward_rule(lambda: 2.0)) is traced(forward_rule(lambda: 2.0))
+    assert traced(forward_rule(lambda: 2.0)) is not traced(forward_rule(lambda: 3.0))
+    assert traced(reverse_rule(1.0)) is traced(reverse_rule(1.0))
+    assert traced(reverse_rule(1.0)) is not traced(reverse_rule(2.0))
     # The same function, but a global that its rule reads has changed.
     function = forward_rule(lambda: RATE)
     before = traced(function)
-    assert before == traced(function)
+    assert before is traced(function)
     monkeypatch.setitem(globals(), "RATE", 3.0)
-    assert before != traced(function)
+    assert before is not traced(function)
     # The same rule, in which another custom rule differs: the second derivative.
     two, three = (forward_rule(lambda rate=rate: rate) for rate in (2.0, 3.0))
-    assert traced(forward_rule(lambda: 1.0, two)) == traced(forward_rule(lambda: 1.0, two))
-    assert traced(forward_rule(lambda: 1.0, two)) != traced(forward_rule(lambda: 1.0, three))
+    assert traced(forward_rule(lambda: 1.0, two)) is traced(forward_rule(lambda: 1.0, two))
+    assert traced(forward_rule(lambda: 1.0, two)) is not traced(forward_rule(lambda: 1.0, three))
     # A closure, also inside a nested program.
     jitted = [jax.jit(forward_rule(lambda rate=rate: rate)) for rate in (2.0, 3.0)]
-    assert traced(jitted[0]) != traced(jitted[1])
+    assert traced(jitted[0]) is not traced(jitted[1])
 
 
 @pytest.mark.parametrize(
@@ -173,8 +185,7 @@ def test_programs_are_equal_only_if_their_custom_rules_are(monkeypatch):
 )
 def test_objectives_with_custom_rules_are_known_again(activation):
     first, second = traced(activation), traced(lambda x: activation(x))
-    assert first == second
-    assert hash(first) == hash(second)
+    assert first is second
 
 
 def test_an_eager_loop_over_custom_rules_compiles_once():

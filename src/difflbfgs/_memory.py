@@ -54,6 +54,7 @@ def empty(x: Vector, size: int) -> optax.ScaleByLBFGSState:
     return engine.init(x)[0]
 
 
+@jax.jit
 def direction(
     memory: optax.ScaleByLBFGSState, x: Vector, g: Vector
 ) -> tuple[Vector, optax.ScaleByLBFGSState]:

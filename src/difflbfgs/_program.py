@@ -1,11 +1,13 @@
-"""A traced function that equals another one if it computes the same.
+"""A traced function, and the same one for all functions that compute the same.
 
 The user's objective is traced anew at every call, so that nothing it reads can go stale. Compiled
 programs are looked up by what was traced: a loop without `jit` compiles once, and a changed global
-compiles again. Custom derivative rules are looked up by what they make of tangents and cotangents,
-and so are the custom rules in that, up to the fourth derivative.
+compiles again. JAX makes hundreds of comparisons for that, so they are of identity, and those of
+contents are made here. Custom derivative rules are compared by what they make of tangents and
+cotangents, and so are the custom rules in that, up to the fourth derivative.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,31 +37,39 @@ class _Rules(NamedTuple):
 
 
 class Program:
-    """A jaxpr and the structure of its output; immutable, and compared by content."""
+    """A jaxpr and the structure of its output; immutable."""
 
     def __init__(self, jaxpr: core.ClosedJaxpr, structure: Any, static: PyTree):
         self.jaxpr = jaxpr
         self.structure = structure
         self.static = static
         self.rules: dict = {}
+        self.outline = tuple(eqn.primitive.name for eqn in jaxpr.jaxpr.eqns)
 
     def __call__(self, consts: PyTree, *args: Array) -> PyTree:
         """Run the program."""
         out = core.jaxpr_as_fun(self.jaxpr)(*jax.tree.leaves(consts), *args)
         return eqx.combine(jax.tree.unflatten(self.structure, out), self.static)
 
-    def __eq__(self, other: object) -> bool:
-        if self is other or not isinstance(other, Program):
-            return self is other
+    def is_same(self, other: "Program") -> bool:
+        """Return whether both compute the same, as do their derivatives."""
+        if self.outline != other.outline or self.structure != other.structure:
+            return False
         rules = _Rules(_ORDER, self.rules, other.rules)
-        return (
-            self.structure == other.structure
-            and _same(self.static, other.static, rules)
-            and _same(self.jaxpr, other.jaxpr, rules)
-        )
+        return _same(self.static, other.static, rules) and _same(self.jaxpr, other.jaxpr, rules)
 
-    def __hash__(self) -> int:
-        return hash((self.structure, tuple(eqn.primitive.name for eqn in self.jaxpr.jaxpr.eqns)))
+
+# Those that are in use: compiled programs keep them alive.
+_known: weakref.WeakSet[Program] = weakref.WeakSet()
+
+
+def _interned(program: Program) -> Program:
+    """Return the known program that is the same, or this one, which is then known."""
+    for known in list(_known):
+        if program.is_same(known):
+            return known
+    _known.add(program)
+    return program
 
 
 def trace(fun: Callable, *args: Array) -> tuple[Program, PyTree]:
@@ -82,7 +92,7 @@ def trace(fun: Callable, *args: Array) -> tuple[Program, PyTree]:
     program = Program(jaxpr, jax.tree.structure(dynamic), static)
     if not isinstance(jnp.zeros(()), Tracer):  # inside jit nothing is looked up later
         _learn(jaxpr.jaxpr, program.rules, _ORDER)  # now: what a rule reads may change
-    return program, consts
+    return _interned(program), consts
 
 
 def _check_alone(closed: core.ClosedJaxpr, inputs: list) -> None:
