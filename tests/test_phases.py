@@ -217,6 +217,25 @@ def test_newton(slope, residual, expected):
     assert (now.hand_over < _phases.HAND_OVER) == (expected == SEARCH)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "assembles", "expected"),
+    [
+        ("float64", 1e-8, False, 1e-3),
+        ("float64", 1e-2, False, 1e-2),  # no sooner than the tolerance says
+        ("float64", 0.0, True, 2.0**-13),  # the fourth root of the machine epsilon
+        ("float64", 1e-12, True, 2.0**-13),
+        ("float64", 2.0**-24, True, 2.0**-12),  # whose square the tolerance is
+        ("float64", 1e-4, True, 1e-3),
+        ("float64", 1e-2, True, 1e-2),
+        ("float32", 0.0, True, 1e-3),
+    ],
+)
+def test_where_a_step_has_a_price_one_is_to_do(dtype, rtol, assembles, expected):
+    share = _phases.hand_over(rtol, jnp.zeros((), dtype), assembles)
+    assert share.dtype == dtype
+    assert float(share) == pytest.approx(expected, rel=1e-6)
+
+
 def test_newton_several_steps_are_taken_if_they_are_asked_for():
     tried = seen(slope=1e-16, **FALLS)
     assert after(ledger(NEWTON), tried, terms(polish=3), slope=-1e-4)[1].phase == NEWTON

@@ -179,7 +179,7 @@ def estimate(
     e, of_x = system.solve(g, _up_to(wanted, before, noise))
     x = _vector.sub(guess.x, inner.free(e))
     g_after, bent, v, halfway = _derivatives(inner, outer, x, guess.u)
-    left, rounded = _vector.sub(v, bent), _vector.epsilon(x) * system.length(bent)
+    left, rounded = _vector.sub(v, bent), system.rounding(guess.u, bent)
     du, of_u = system.solve(left, _up_to(wanted, system.length(left), rounded))
     u = _vector.add_scaled(guess.u, 1, du)
     *_, gradient = _derivatives(inner, outer, x, u)

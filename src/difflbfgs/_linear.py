@@ -48,6 +48,11 @@ _EVEN = 1e2
 _ROUNDS = 6
 
 
+# What is left of `v` along curvature within the slack is solved for in the next round, if it is no
+# more than turned directions leave. Below this part of the slack curvature is small by chance.
+_CHANCE = 0.01
+
+
 class Accuracy(eqx.Module):
     """Relative residuals: refine until below `wanted`, accept below `accepted`."""
 
@@ -62,6 +67,10 @@ class Dense(SymmetricSolver):
     finds the solution of least norm if the matrix is singular, and tells how negative it is. There,
     eigenvalues within rounding or `slack` of zero are zero. Both see scaled variables, in which
     pivots, eigenvalues and residuals of variables in different units can be compared.
+
+    Beside a minimum with a symmetry, such as the rotations of a molecule, the directions without
+    curvature are `turned` by as much as the slack is of the least curvature that counts. They are
+    not quite orthogonal to `v` then.
     """
 
     slack: Any = 0.0
@@ -123,7 +132,10 @@ class Dense(SymmetricSolver):
         with_spectrum = vectors @ (inverse * (vectors.T @ flat))
         low, high = self.extremes(state)
         solution = jnp.where(sound, with_factor, with_spectrum)
+        least = jnp.min(jnp.where(nonzero, jnp.abs(values), jnp.inf))
+        turned = jnp.where(sound, 0, self.slack / least)
         stats = {"num_steps": count(flat.size), "min_curvature": low, "max_curvature": high}
+        stats["turned"] = turned
         return unravel(scale * solution), lx.RESULTS.successful, stats
 
 
@@ -273,6 +285,14 @@ class System(eqx.Module):
         """Return the norm of a residual in scaled variables."""
         return _vector.norm(_vector.mul(self.scale, r))
 
+    def rounding(self, u: Vector, hu: Vector) -> Scalar:
+        """Return the rounding error of `H u`, given both: that of sums that cancel, if known."""
+        eps = _vector.epsilon(u)
+        if not isinstance(self.solver, Dense):
+            return eps * self.length(hu)
+        flat, unravel = ravel_pytree(u)
+        return eps * self.length(unravel(jnp.abs(self.solver.matrix(self.state)) @ jnp.abs(flat)))
+
     def _left(self, r: Vector) -> Scalar:
         """Return the same of what is left of a right-hand side of norm one."""
         scaled = _vector.mul(self.scale, r)
@@ -327,14 +347,14 @@ class System(eqx.Module):
         """Solve from `u` with residual `r`, for a `v` of norm one or zero."""
 
         def unfinished(carry):
-            _, _, (residual, before), (rounds, *_) = carry
+            _, _, (residual, before), (rounds, *_), _ = carry
             improving = (rounds == 0) | (residual < 0.5 * before)
             return (residual > accuracy.wanted) & (rounds < self.rounds) & improving
 
         def refine(carry):
-            u, r, (length, _), (rounds, steps, low, high) = carry
+            u, r, (length, _), (rounds, steps, low, high), turned = carry
             unit = jax.tree.map(lambda leaf: leaf / _vector.nonzero(length), r)
-            step, solution = self._solution(unit, 0.5 * accuracy.wanted / length)
+            step, solution = self._solution(unit, 0.5 * accuracy.wanted / length, length <= turned)
             refined = _vector.add_scaled(u, length, step)
             after = _vector.sub(v, self.operator.mv(refined))
             left = self._left(after)
@@ -348,11 +368,15 @@ class System(eqx.Module):
             # A singular system that is not consistent can have grown worse.
             better = left < length
             u, r, left = _vector.where(better, (refined, after, left), (u, r, length))
-            return u, r, (left, length), (rounds + 1, steps, low, high)
+            turned = jnp.maximum(turned, solution.stats.get("turned", 0))
+            return u, r, (left, length), (rounds + 1, steps, low, high), turned
 
         length = self._left(r)
-        start = (u, r, (length, length), (count(0), count(0), *extremes))
-        u, _, (residual, _), (_, steps, low, high) = jax.lax.while_loop(unfinished, refine, start)
+        counts = count(0), count(0), *extremes
+        start = u, r, (length, length), counts, jnp.zeros_like(length)
+        u, _, (residual, _), (_, steps, low, high), _ = jax.lax.while_loop(
+            unfinished, refine, start
+        )
         result = RESULTS.where(
             residual <= accuracy.accepted, RESULTS.successful, RESULTS.adjoint_not_converged
         )
@@ -362,9 +386,14 @@ class System(eqx.Module):
             result = RESULTS.where(negative, RESULTS.indefinite_hessian, result)
         return u, Report(result, steps, residual, low, high)
 
-    def _solution(self, v, rtol):
-        """Return what the solver makes of `H u = v`, and what it says of it."""
+    def _solution(self, v, rtol, turned):
+        """Return what the solver makes of `H u = v`, and what it says of it.
+
+        If `v` is what `turned` directions left, they are not left out again.
+        """
         solver = self.solver
+        if isinstance(solver, Dense):
+            solver = Dense(_vector.where(turned, _CHANCE * solver.slack, solver.slack))
         inner = self._in_scaled_variables()
         if isinstance(solver, ConjugateGradient):
             solver = ConjugateGradient(rtol, solver.max_steps)

@@ -22,7 +22,7 @@ from difflbfgs._box import Active, Box
 from difflbfgs._face import Face, Smooth
 from difflbfgs._lbfgs import LBFGS
 from difflbfgs._memory import Pair
-from difflbfgs._newton import newton_step
+from difflbfgs._newton import assembles, newton_step
 from difflbfgs._phases import Decision, Here, Ledger, Seen, Terms, Wall
 from difflbfgs._problem import Problem
 from difflbfgs._scale import Scale, rounding
@@ -161,7 +161,7 @@ def begin(settings: Settings, x0: Vector, warm: State | None = None) -> State:
     x = start if box is None else box.project(start)
     zero = jnp.zeros((), _vector.dtype(x))
     nothing = _vector.zeros_like(x)
-    hand_over = jnp.maximum(_phases.HAND_OVER, settings.terms.rtol)
+    hand_over = _phases.hand_over(settings.terms.rtol, zero, assembles(x0))
     if warm is None:
         g, reference, curvature = nothing, zero, zero
         memory = _memory.empty(x, settings.solver.memory_size)

@@ -32,6 +32,11 @@ _ASSEMBLED = 24
 _RESIDUAL = 1e-3
 
 
+def assembles(x: Vector) -> bool:
+    """Return whether a Newton step here assembles the Hessian, at a price that is fixed."""
+    return _vector.size(x) <= _ASSEMBLED
+
+
 def newton_step(
     hvp: Callable[[Vector], Vector],
     x: Vector,
@@ -47,7 +52,7 @@ def newton_step(
     The system is solved so well that what is left of it is small beside `rtol` of the energy of
     `x` or of `s`, the step that led there, given a guess of the decrement.
     """
-    small = _vector.size(x) <= _ASSEMBLED
+    small = assembles(x)
     forgiven = slack(x, jnp.sqrt(_vector.dot(g, g)))
     if small:
         hvp, diagonal, falls, energies = _assembled(hvp, x, s, g)

@@ -61,8 +61,8 @@ START, SEARCH, NEWTON, DONE = range(4)
 CONTRACTION = 0.1
 # The same of the norm of the gradient, of which inexact systems leave some.
 _WHOLE = 0.25
-# The part of the reference at which the search hands over to Newton's method, at first. Where a
-# step does not contract, the gradient has to be this much smaller before the next.
+# The part of the reference at which the search hands over to Newton's method, at first; see
+# `hand_over`. Where a step does not contract, the gradient has to be much smaller before the next.
 HAND_OVER = 1e-3
 # At a degenerate minimum the decrement tends to zero beside the energy, and at infinity it does
 # not: along exp(-x) the ratio of their roots is 1/x.
@@ -331,6 +331,18 @@ class Decision(eqx.Module):
     length: Scalar
 
 
+def hand_over(rtol: Any, zero: Scalar, assembles: bool) -> Scalar:
+    """Return the part of the reference at which to hand over, at first.
+
+    If a Newton step costs as many products as there are variables, whatever it is to gain, it waits
+    until a single one will do: its error is squared.
+    """
+    if not assembles:
+        return zero + jnp.maximum(HAND_OVER, rtol)
+    least = min(HAND_OVER, _epsilon(zero) ** 0.25)
+    return zero + jnp.maximum(jnp.clip(jnp.sqrt(rtol), least, HAND_OVER), rtol)
+
+
 def first(zero: Scalar, hand_over: Any, reference: Scalar, curvature: Scalar) -> Ledger:
     """Return the ledger of a solve that begins; a warm one has a reference and a curvature."""
     no, none, inf = jnp.asarray(False), count(0), jnp.full_like(zero, jnp.inf)
@@ -472,6 +484,7 @@ class _Polished(eqx.Module):
         return ~self.limit | near
 
 
+@jax.jit
 def decide(
     ledger: Ledger, line: Line, here: Here, seen: Seen, terms: Terms
 ) -> tuple[Decision, Ledger, Line]:
@@ -557,6 +570,7 @@ def decide(
     return Decision(taken, ask, turn, search.failed, step, seen.trial.t), after, line
 
 
+@jax.jit
 def resumed(ledger: Ledger) -> tuple[Decision, Ledger]:
     """Return what comes next in an unfinished solve, and its ledger.
 
@@ -636,6 +650,7 @@ def _after(
     )
 
 
+@jax.jit
 def answered(
     ledger: Ledger, asked: Flag, newton: Findings, grad_norm: Scalar, terms: Terms
 ) -> Ledger:
@@ -657,6 +672,7 @@ def answered(
     )
 
 
+@jax.jit
 def turned(ledger: Ledger, known: Flag, grad_norm: Scalar, slope: Scalar, terms: Terms) -> Ledger:
     """Return the ledger after the memory, if `known`, gave a direction of this slope.
 
