@@ -1,5 +1,6 @@
 """What is in the compiled program: copies of the objective, arrays, memory."""
 
+import concurrent.futures
 import re
 
 import jax
@@ -122,6 +123,16 @@ def test_a_program_is_forgotten_with_the_last_who_uses_it():
     assert set(_known) == known
     assert scaled(3.0) is not first
     assert set(_known) == known  # the other one is gone
+
+
+def test_threads_that_trace_the_same_have_the_same_program():
+    def some(_):
+        return [traced(lambda x, factor=factor: factor * x**2) for factor in range(20)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        first, *others = pool.map(some, range(8))
+    assert len(set(first)) == 20
+    assert all(other == first for other in others)
 
 
 RATE = 2.0

@@ -7,6 +7,7 @@ contents are made here. Custom derivative rules are compared by what they make o
 cotangents, and so are the custom rules in that, up to the fourth derivative.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,14 +62,16 @@ class Program:
 
 # Those that are in use: compiled programs keep them alive.
 _known: weakref.WeakSet[Program] = weakref.WeakSet()
+_knowing = threading.RLock()
 
 
 def _interned(program: Program) -> Program:
     """Return the known program that is the same, or this one, which is then known."""
-    for known in list(_known):
-        if program.is_same(known):
-            return known
-    _known.add(program)
+    with _knowing:
+        for known in list(_known):
+            if program.is_same(known):
+                return known
+        _known.add(program)
     return program
 
 
