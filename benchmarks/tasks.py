@@ -32,7 +32,7 @@ SIZES = (1, 32, 128, 1024)  # with `--full`
 USUAL = (128,)
 CHECKED = 128
 # How much longer peers must take for 128 tasks: vmapped, and one after the other.
-LEAST = {"JAXopt": 4, "Optimistix": 4, "map": 1 / 1.1}
+LEAST = {"JAXopt": 4, "Optimistix": 3, "map": 0.7}
 SLOW = 30.0
 
 
