@@ -46,8 +46,6 @@ _PROBES = 3
 _SPREAD = 1e4
 _EVEN = 1e2
 _ROUNDS = 6
-
-
 # What is left of `v` along curvature within the slack is solved for in the next round, if it is no
 # more than turned directions leave. Below this part of the slack curvature is small by chance.
 _CHANCE = 0.01
@@ -133,9 +131,12 @@ class Dense(SymmetricSolver):
         low, high = self.extremes(state)
         solution = jnp.where(sound, with_factor, with_spectrum)
         least = jnp.min(jnp.where(nonzero, jnp.abs(values), jnp.inf))
-        turned = jnp.where(sound, 0, self.slack / least)
-        stats = {"num_steps": count(flat.size), "min_curvature": low, "max_curvature": high}
-        stats["turned"] = turned
+        stats = {
+            "num_steps": count(flat.size),
+            "min_curvature": low,
+            "max_curvature": high,
+            "turned": jnp.where(sound, 0, self.slack / least),
+        }
         return unravel(scale * solution), lx.RESULTS.successful, stats
 
 
