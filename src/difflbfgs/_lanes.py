@@ -10,6 +10,7 @@ that are done alone. A loop that asks `anywhere` whether to go on is not made to
 tells it which these are, and `held` leaves them where they are.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -86,13 +87,24 @@ def _flattened(together: Callable[..., _T]) -> Callable[..., _T]:
     return call
 
 
-def in_blocks(fun: Callable[[Any], _T], batch: Any) -> _T:
-    """Return `fun` of right-hand sides along the first axis, as many at once as is good."""
+def prepared(prepare: Callable[..., Callable[[Any], _T]]) -> Callable[..., _T]:
+    """Return `(..., v) -> prepare(..., 1)(v)`, whose lanes run in turn on a CPU.
 
-    def blocks(batch):
-        return jax.lax.map(fun, batch, batch_size=_BLOCK)
+    Lanes that differ in the right-hand side `v` only are prepared once for their number, and solved
+    as many at once as is good. To be made once: compiled programs are looked up by what it returns.
+    """
 
-    return by_platform(batch, cpu=blocks, default=jax.vmap(fun))
+    def alone(*args):
+        *shared, v = args
+        return prepare(*shared, 1)(v)
+
+    def together(*args):
+        *shared, vs = args
+        solve = prepare(*shared, len(jax.tree.leaves(vs)[0]))
+        blocks = functools.partial(jax.lax.map, solve, batch_size=_BLOCK)
+        return by_platform(vs, cpu=blocks, default=jax.vmap(solve))
+
+    return lane_by_lane(alone, together)
 
 
 def by_platform(*args, cpu: Callable[..., _T], default: Callable[..., _T]) -> _T:

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from difflbfgs import _vector
 from difflbfgs._checks import shown
-from difflbfgs._lanes import in_blocks, lane_by_lane
+from difflbfgs._lanes import prepared
 from difflbfgs._linear import Report, System, differentiable_solve
 from difflbfgs._operator import HessianOperator, SymmetricOperator, kept
 from difflbfgs._problem import interior
@@ -42,11 +42,11 @@ def _solve(adjoint, operator, b, throw):
     v = kept(free, _to_vector(b, _dtype(operator)))
     with interior("the operator"), jax.numpy_dtype_promotion("standard"):
         fill = None if free is None else _fill(_product(frozen), free, v)
-        prepared = SymmetricOperator.of(_completed(adjoint, _product(frozen), free, fill), v)
+        inner = SymmetricOperator.of(_completed(adjoint, _product(frozen), free, fill), v)
         slack = jax.lax.stop_gradient(jnp.asarray(slack, _vector.dtype(v)))
 
         def in_lanes(_, v):
-            return lane_by_lane(_solve_alone, _solve_many)(adjoint, prepared, slack, throw, v)
+            return _solve_prepared(adjoint, inner, slack, throw, v)
 
         matvec = _completed(adjoint, _product(operator), free, fill)
         found = differentiable_solve(matvec, v, in_lanes, has_aux=True)
@@ -54,13 +54,13 @@ def _solve(adjoint, operator, b, throw):
     return _from_vector(u, operator), report
 
 
-def _solve_alone(adjoint, operator, slack, throw: bool, v: Vector) -> tuple[Vector, Report]:
-    return _solved(adjoint, adjoint.system(operator, slack, None), throw, v)
+def _prepare(adjoint, operator, slack, throw: bool, num: int) -> Callable[[Vector], Any]:
+    """Return `v -> u` and a report, `A u = v` being made ready for so many `v`."""
+    system = adjoint.system(operator, slack, None, num)
+    return lambda v: _solved(adjoint, system, throw, v)
 
 
-def _solve_many(adjoint, operator, slack, throw: bool, vs: Vector) -> tuple[Vector, Report]:
-    system = adjoint.system(operator, slack, None, len(jax.tree.leaves(vs)[0]))
-    return in_blocks(lambda v: _solved(adjoint, system, throw, v), vs)
+_solve_prepared = prepared(_prepare)
 
 
 def _solved(adjoint, system: System, throw: bool, v: Vector) -> tuple[Vector, Report]:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from difflbfgs import _box, _krylov, _memory, _vector
 from difflbfgs._face import Face, Smooth
-from difflbfgs._lanes import in_blocks, lane_by_lane
+from difflbfgs._lanes import prepared
 from difflbfgs._linear import Report, System, differentiable_solve
 from difflbfgs._operator import SymmetricOperator
 from difflbfgs._problem import Problem, interior
@@ -87,22 +88,17 @@ class Task(eqx.Module):
         """
 
         def solve(_, b):
-            alone = lane_by_lane(Task._solve_adjoint_alone, Task._solve_adjoint_of_many)
-            return alone(self, problem, outcome, b)
+            return _solve_adjoint(self, problem, outcome, b)
 
         matvec = self._hessian(problem, outcome)  # for the derivatives of this solve
         with interior(problem.name):
             return differentiable_solve(matvec, v, solve, has_aux=True)
 
-    def _solve_adjoint_alone(self, problem: Smooth, outcome: Outcome, v: Vector):
-        operator = SymmetricOperator.of(self._hessian(problem, outcome), v)
-        return self._solved(self.system(problem, operator, outcome), outcome, v)
-
-    def _solve_adjoint_of_many(self, problem: Smooth, outcome: Outcome, vs: Vector):
-        """Solve for the right-hand sides along the first axis, from one preparation."""
+    def prepare(self, problem: Smooth, outcome: Outcome, num: int) -> Callable[[Vector], Any]:
+        """Return `v -> u` and a report, `H u = v` being made ready for so many `v`."""
         operator = SymmetricOperator.of(self._hessian(problem, outcome), outcome.x)
-        system = self.system(problem, operator, outcome, len(jax.tree.leaves(vs)[0]))
-        return in_blocks(lambda v: self._solved(system, outcome, v), vs)
+        system = self.system(problem, operator, outcome, num)
+        return lambda v: self._solved(system, outcome, v)
 
     def _solved(self, system: System, outcome: Outcome, v: Vector) -> tuple[Vector, Report]:
         u, report = self.solve_system(system, outcome, v)
@@ -156,3 +152,6 @@ class Task(eqx.Module):
         if self.adjoint.preconditioner == "lbfgs":
             return _memory.inverse_hessian(state.memory, x, state.g)
         return None
+
+
+_solve_adjoint = prepared(Task.prepare)
