@@ -93,7 +93,7 @@ def test_start_below_atol(polish):
 
 
 def test_warm_start_near_and_far_and_cold_start():
-    near, far = seen(t=0.0, grad_norm=0.5), seen(t=0.0, grad_norm=2.0)
+    near, far = seen(t=0.0, grad_norm=0.9e-3), seen(t=0.0, grad_norm=1.1e-3)
     assert after(ledger(START), near)[1].phase == NEWTON
     assert after(ledger(START), far)[1].phase == SEARCH
     assert after(ledger(START, curvature=0.0), near)[1].phase == SEARCH  # nothing is known
@@ -215,6 +215,23 @@ def test_newton(slope, residual, expected):
     assert bool(decision.turn) == (expected == SEARCH)
     assert (now.result == dl.RESULTS.successful) == (expected == DONE)
     assert (now.hand_over < _phases.HAND_OVER) == (expected == SEARCH)
+
+
+@pytest.mark.parametrize(
+    ("q", "rtol", "energy", "expected"),
+    [
+        (6e-3, 1e-6, 1e9, DONE),  # the Hessian changes by 2 q √q, 9e-4 of itself, for 1e-3
+        (7e-3, 1e-6, 1e9, NEWTON),  # by 1.2e-3
+        (0.05, 1e-6, 1e9, NEWTON),
+        (0.05, 1e-3, 1e4, DONE),  # by 0.022, for 0.032
+        (0.05, 1e-6, 1e23, DONE),  # slopes are wrong by 0.07 of the decrement
+    ],
+)
+def test_newton_ends_if_the_hessian_changes_little_along_what_is_left(q, rtol, energy, expected):
+    trial = seen(slope=1e-4 * q, f=2.0 - 0.5e-4, grad_norm=1e-4)
+    polishing = ledger(NEWTON, newton=findings(energy=energy))
+    _, now, _ = after(polishing, trial, terms(rtol=rtol), slope=-1e-4)
+    assert now.phase == expected
 
 
 @pytest.mark.parametrize(

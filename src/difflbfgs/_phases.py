@@ -9,7 +9,7 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | START: the start | not finite | DONE, `nonfinite_start` |
 | | an unfinished solve stood there, value and gradient the same | what follows there |
 | | the gradient is zero, or below `atol` without a polish | DONE, `successful` |
-| | a warm start, and the gradient below the reference | NEWTON |
+| | a warm start, and the gradient is small enough to hand over | NEWTON |
 | | else | SEARCH, down the gradient |
 | SEARCH: `x + t d` | a cold start's first trial shows that the minimum is near | NEWTON, from `x` |
 | | the Wolfe conditions do not hold yet | SEARCH, another `t` |
@@ -40,6 +40,10 @@ less than its noise can show. It is taken if the norm of the gradient falls, too
 only if that falls to a quarter, or noise hides it. *What is left* is
 `√(q λ²)` with `q = |∇f(x+d)ᵀd| / λ²`, or what conjugate gradients left of the system. Small is
 `rtol` of the energy norm of `x`, or of the step that led there if that is larger.
+
+The derivative of the minimizer is that of its Hessian, which changes along `d` by about `2q` of
+itself, and so along what is left by `2q √q`. That is to be `√rtol` at most: along a flat valley a
+minimum may be near beside the energy of `x`, and not beside the length over which `H` changes.
 """
 
 import dataclasses
@@ -452,16 +456,20 @@ class _Polished(eqx.Module):
         less = (seen.grad_norm < here.grad_norm) | (seen.elsewhere() & (trial.f < here.f))
         lower = (trial.f <= level) & less
         kept = polishing & (contracts | (finite & holds)) & lower & ~tiny
-        ratio = jnp.maximum(along / _vector.nonzero(decrement), ledger.newton.residual)
+        q = along / _vector.nonzero(decrement)
+        ratio = jnp.maximum(q, ledger.newton.residual)
         left = decrement * _vector.where(kept & contracts, ratio, 1)
         solved = polishing & ledger.newton.solved & ~ledger.newton.negative
         small = terms.rtol**2 * energy
         # Along the step all may be well and across it not: the whole gradient falls, or one more.
         whole = (seen.grad_norm <= _WHOLE * here.grad_norm) | hidden
+        # The Hessian changes little along what is left, or slopes can't tell.
+        told = along > rounding(jnp.sqrt(energy * decrement))
+        even = (4 * q**3 <= terms.rtol) | ~kept | ~told
         # After a step that contracted, the decrement is what that one left.
         seen_before = (ledger.polished > 0) | tiny
         enough = solved & _vector.where(
-            contracts, whole & (left <= small), seen_before & (decrement <= small)
+            contracts, whole & even & (left <= small), seen_before & (decrement <= small)
         )
         waited = ledger.asked | (ledger.num_steps >= _LONG)
         flat = tiny | (decrement <= rounds) | (waited & hidden)
@@ -596,17 +604,15 @@ def _is_near(
     the energy, which knows no units. The first trial of a cold start shows a curvature, and so
     whether the start is near. After many steps it is asked anyway.
     """
-    starting, searching = ledger.phase == START, ledger.phase == SEARCH
-    reference = after.scale.reference()
-    warm = (seen.grad_norm <= reference) & (reference > 0)
-    small = seen.grad_norm <= after.hand_over * reference
+    searching, polishing = ledger.phase == SEARCH, ledger.phase == NEWTON
+    small = seen.grad_norm <= after.hand_over * after.scale.reference()
     flat = after.predicted <= after.hand_over**2 * after.measured_energy()
     late = after.num_steps >= ledger.ask_at
     bent = seen.y_norm / _vector.nonzero(seen.s_norm) * jnp.minimum(1, after.scale.size)
     first = searching & ~taken & (ledger.num_steps == 0) & (line.trials == 0) & seen.finite()
     first &= ledger.num_hvps == 0  # Newton's method was not asked for that reason before
     beside = first & (here.grad_norm <= after.hand_over * bent)
-    return taken & ((starting & warm) | (searching & (small | flat | late))) | beside
+    return (taken & ~polishing & (small | flat | late)) | beside
 
 
 def _after(
