@@ -51,6 +51,18 @@ def test_a_slope_without_curvature_is_no_rounding(dtype, n):
     assert ~hidden.steep & ~hidden.solved
 
 
+@pytest.mark.parametrize(("n", "dtype"), [(6, jnp.float32), (6, jnp.float64), (40, jnp.float64)])
+def test_a_small_slope_without_curvature_is_not_solved_with_the_rest(n, dtype):
+    """It is a part of the residual that may be left, and leads far away.
+
+    Beyond 24 variables conjugate gradients in float32 end before they meet it.
+    """
+    eigenvalues, slopes = np.linspace(0, 10, n), np.ones(n)
+    slopes[0] = 1e-3
+    flat, _ = found(eigenvalues, slopes, dtype)
+    assert flat.steep & ~flat.solved
+
+
 @BOTH
 @SIZES
 def test_negative_curvature_is_seen(dtype, n):

@@ -110,16 +110,18 @@ def newton_step(
     u, _, _, (square, test), steps, (low, high, flat, ended), _ = end
     d = _vector.scale(-1, _vector.mul(scale, u))
     slope = _vector.dot(g, d)
+    # The gradient is wrong by rounding of the largest curvature times the size of `x`, and what is
+    # left of it by rounding of itself. A slope without curvature that is more leads far away.
+    size_of_x = _vector.norm(jax.tree.map(jnp.divide, x, scale))
+    sloping = flat > rounding(jnp.maximum(high * size_of_x, jnp.sqrt(first)))
     solved = (square <= _RESIDUAL * first) & ((test <= forcing) | ended | (square == 0))
-    solved &= jnp.isfinite(energy)
+    solved &= ~(ended & sloping) & jnp.isfinite(energy)
     negative = (low < -zero_curvature(high, 0.0)) | falls
     # Beside a minimum with a symmetry there is a little, and the step leads there all the same.
     explained = solved & (low >= -forgiven) & ~falls
     valid = (~negative | explained) & (slope < 0)
     valid &= jnp.isfinite(slope) & jnp.isfinite(_vector.norm(d))
-    # The gradient is wrong by rounding of the largest curvature times the size of `x`.
-    length = _vector.norm(jax.tree.map(jnp.divide, x, scale))
-    steep = ~solved & (flat > rounding(high * length))
+    steep = ~solved & sloping
     residual = jnp.where(square == 0, 0, test)
     products = spent if small else spent + steps
     found = Findings(valid, negative, falls, steep, solved, residual, energy, size, products)
