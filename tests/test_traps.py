@@ -148,11 +148,17 @@ def test_a_far_start_does_not_loosen_the_test():
 
 
 def test_a_start_next_to_the_minimum_is_not_out_of_reach():
+    """It costs less than one far away; how much at rounding level depends on the processor."""
     fun, solution, theta = quadratic(1e2)
+
+    def solve(distance):
+        return dl.minimize(fun, solution(theta) + distance, theta, solver=dl.LBFGS(polish=0))
+
+    far = solve(1.0).stats.num_fun_evals
     for distance in (1e-12, 1e-9, 1e-6):
-        sol = dl.minimize(fun, solution(theta) + distance, theta, solver=dl.LBFGS(polish=0))
+        sol = solve(distance)
         assert sol.converged
-        assert sol.stats.num_fun_evals < 60
+        assert sol.stats.num_fun_evals < far
 
 
 def test_a_solve_without_jit_compiles_once():
