@@ -582,8 +582,8 @@ def polish(options):
     the loosest tolerance without polish that is at least as exact. The cost is that of one
     hypergradient, solve and adjoint: evaluations of the inner objective with its gradient plus
     Hessian products, and seconds, medians of interleaved runs of the compiled programs. On the
-    average (geometric mean) the polish, which proves where it ends, must not cost a tenth more than
-    the tolerance that nobody knows.
+    average (geometric mean) the polish must not cost a tenth more than that tolerance, which nobody
+    knows beforehand.
     """
     rows = []
     names = ("softmax e-4", "softmax e-6", "softmax e-9", "network", "distillation")

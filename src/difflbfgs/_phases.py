@@ -10,7 +10,7 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | | an unfinished solve stood there, value and gradient the same | what follows there |
 | | the gradient is zero, or below `atol` without a polish | DONE, `successful` |
 | | a warm start, and the gradient is small enough to hand over | NEWTON |
-| | else | SEARCH, down the gradient |
+| | else | SEARCH, down the gradient, or along the direction of a warm memory |
 | SEARCH: `x + t d` | a cold start's first trial shows that the minimum is near | NEWTON, from `x` |
 | | the Wolfe conditions do not hold yet | SEARCH, another `t` |
 | | out of trials | SEARCH, the best `t` met, which is then taken |
@@ -463,7 +463,8 @@ class _Polished(eqx.Module):
         small = terms.rtol**2 * energy
         # Along the step all may be well and across it not: the whole gradient falls, or one more.
         whole = (seen.grad_norm <= _WHOLE * here.grad_norm) | hidden
-        # The Hessian changes little along what is left, or slopes can't tell.
+        # The Hessian changes little along what is left (see the module), or slopes can't tell. A
+        # step that is not taken shows noise, and another one would show no more.
         told = along > rounding(jnp.sqrt(energy * decrement))
         even = (4 * q**3 <= terms.rtol) | ~kept | ~told
         # After a step that contracted, the decrement is what that one left.
