@@ -223,6 +223,34 @@ def test_a_degenerate_minimum_is_accepted_and_its_derivative_refused():
         jax.block_until_ready(gradient(jnp.ones(3), 1.0, flat, jnp.sum))
 
 
+@pytest.mark.parametrize("n", [4, 80])
+@pytest.mark.parametrize(("dtype", "height"), [(jnp.float32, 1e3), (jnp.float64, 1e8)])
+def test_in_a_flat_valley_the_hessian_decides(n, dtype, height):
+    """Beside the energy of a wall the way to the minimizer is nothing, and the valley bends."""
+    length = 1e-2
+
+    def fun(x, theta):
+        along = x[1:] / length
+        valley = jnp.sum(jnp.exp(along) - theta * along)
+        return 0.5 * height * (x[0] - 1) ** 2 + length**2 * valley
+
+    def value(theta, away):
+        x = length * (jnp.log(theta) + away * jnp.cos(jnp.arange(n - 1.0)))
+        x = jnp.concatenate([jnp.ones(1), x]).astype(dtype)
+        sol = dl.known_minimizer(fun, x, theta.astype(dtype), throw=False)
+        return sol.value[1:].sum(), sol.converged
+
+    theta, exact = 1.5 * jnp.ones(n - 1), length / 1.5
+    rtol = float(jnp.finfo(dtype).eps) ** 0.25
+    errors = []
+    for away in 10.0 ** jnp.arange(-6.0, 1.0, 0.5):
+        (_, converged), slope = jax.value_and_grad(value, has_aux=True)(theta, away)
+        errors.append(jnp.max(jnp.abs(slope / exact - 1)) if converged else jnp.inf)
+    accepted = jnp.isfinite(jnp.stack(errors))
+    assert accepted[:4].all() & ~accepted[-3:].any()
+    assert max(errors[: int(accepted.sum())]) <= 2 * rtol
+
+
 @pytest.mark.parametrize("n", [2, 80])
 def test_what_is_not_finite(n):
     def broken(x, theta):

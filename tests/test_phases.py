@@ -24,7 +24,16 @@ def terms(rtol=1e-6, atol=0.0, noise=0.0, polish=1, max_steps=100):
 TERMS = terms()
 
 
-def findings(solved=True, residual=0.0, energy=1.0, falls=False, negative=False, steep=False):
+def findings(
+    solved=True,
+    residual=0.0,
+    rest=0.0,
+    noise=1e-13,
+    energy=1.0,
+    falls=False,
+    negative=False,
+    steep=False,
+):
     return Findings(
         valid=jnp.asarray(solved | steep),
         negative=jnp.asarray(falls or negative),
@@ -32,6 +41,8 @@ def findings(solved=True, residual=0.0, energy=1.0, falls=False, negative=False,
         steep=jnp.asarray(steep),
         solved=jnp.asarray(solved),
         residual=number(residual),
+        rest=number(rest),
+        noise=number(noise),
         energy=number(energy),
         size=number(energy),
         products=jnp.asarray(3),
@@ -218,18 +229,18 @@ def test_newton(slope, residual, expected):
 
 
 @pytest.mark.parametrize(
-    ("q", "rtol", "energy", "expected"),
+    ("q", "rtol", "noise", "expected"),
     [
-        (6e-3, 1e-6, 1e9, DONE),  # the Hessian changes by 2 q √q, 9e-4 of itself, for 1e-3
-        (7e-3, 1e-6, 1e9, NEWTON),  # by 1.2e-3
-        (0.05, 1e-6, 1e9, NEWTON),
-        (0.05, 1e-3, 1e4, DONE),  # by 0.022, for 0.032
-        (0.05, 1e-6, 1e23, DONE),  # slopes are wrong by 0.07 of the decrement
+        (6e-3, 1e-6, 1e-6, DONE),  # the Hessian changes by 2 q √q, 9e-4 of itself, for 1e-3
+        (7e-3, 1e-6, 1e-6, NEWTON),  # by 1.2e-3
+        (0.05, 1e-6, 1e-6, NEWTON),
+        (0.05, 1e-3, 1e-6, DONE),  # by 0.022, for 0.032
+        (0.05, 1e-6, 0.07, DONE),  # slopes are wrong by that part of the decrement
     ],
 )
-def test_newton_ends_if_the_hessian_changes_little_along_what_is_left(q, rtol, energy, expected):
+def test_newton_ends_if_the_hessian_changes_little_along_what_is_left(q, rtol, noise, expected):
     trial = seen(slope=1e-4 * q, f=2.0 - 0.5e-4, grad_norm=1e-4)
-    polishing = ledger(NEWTON, newton=findings(energy=energy))
+    polishing = ledger(NEWTON, newton=findings(energy=1e-4 / rtol**2, noise=noise))
     _, now, _ = after(polishing, trial, terms(rtol=rtol), slope=-1e-4)
     assert now.phase == expected
 
@@ -292,17 +303,58 @@ def test_newton_at_rounding_level_goes_on_if_the_objective_is_seen_to_fall():
     falls = seen(f=0.5e-10, slope=2e-11, grad_norm=1e-6)
     stays = seen(f=1e-10, slope=2e-11, grad_norm=1e-6)
     stuck = dataclasses.replace(cancelled, asked=jnp.asarray(True))
+    second = dataclasses.replace(cancelled, polished=jnp.asarray(1))
     for before, tried, grad_norm, rtol, phase in (
         (cancelled, falls, 0.1, 0.0, SEARCH),
         (cancelled, falls, 0.1, 1e-10, SEARCH),
         (cancelled, falls, 1e-5, 0.0, SEARCH),
-        (cancelled, falls, 1e-5, 1e-10, DONE),
+        (second, falls, 1e-5, 1e-10, DONE),
         (cancelled, stays, 0.1, 0.0, DONE),
         (stuck, falls, 0.1, 0.0, DONE),
     ):
         _, now, _ = after(before, tried, terms(rtol, 1e-8), -1e-10, grad_norm, f=1e-10)
         assert now.phase == phase
         assert (now.result == dl.RESULTS.precision_limit) == (phase == DONE)
+
+
+def test_newton_at_rounding_level_goes_on_if_values_and_slopes_tell_of_no_tail():
+    """Beside `xᵀHx = 1e8`, as in a ripple, a decrement of 1e-10 is rounding, and `f` sees it."""
+    ripple = ledger(NEWTON, newton=findings(energy=1e8), least_f=1e-10)
+    second = dataclasses.replace(ripple, polished=jnp.asarray(1))
+    stuck = dataclasses.replace(ripple, asked=jnp.asarray(True))
+    less, more, same = 0.5e-10, 1.5e-10, 1e-10
+    for before, f, slope, grad_norm, phase in (
+        (ripple, less, -3e-10, 1e-6, SEARCH),  # falls, and is steeper there
+        (ripple, more, -3e-10, 1e-6, SEARCH),
+        (ripple, same, -3e-10, 1e-6, DONE),
+        (ripple, less, -3e-11, 1e-6, NEWTON),  # as down to a degenerate minimum; a second step
+        (ripple, less, -3e-11, 1e-4, DONE),  # tells, but not from where the gradient is larger
+        (second, less, -3e-11, 1e-6, DONE),
+        (second, less, -5e-11, 1e-6, SEARCH),  # and this one shows that it was an inflection
+        (stuck, less, -3e-10, 1e-6, DONE),
+    ):
+        tried = seen(f=f, slope=slope, grad_norm=grad_norm)
+        _, now, _ = after(before, tried, terms(1e-10), -1e-10, grad_norm=1e-5, f=1e-10)
+        assert now.phase == phase
+        assert (now.result == dl.RESULTS.precision_limit) == (phase == DONE)
+
+
+def test_newton_after_a_step_that_was_taken_and_did_not_contract_has_not_seen_the_minimum():
+    """That the decrement is small says nothing unless the step before contracted."""
+    for contracted, phase in ((True, DONE), (False, SEARCH)):
+        before = ledger(NEWTON, polished=1, contracted=contracted)
+        tried = seen(f=2 + 1e-12, slope=0.5e-12, grad_norm=0.1)
+        _, now, _ = after(before, tried, terms(1e-5), slope=-1e-12, f=2.0)
+        assert now.phase == phase
+
+
+def test_newton_goes_on_as_the_hessian_changes_across_the_step():
+    """Along it changes may cancel; what conjugate gradients left is not among them."""
+    for grad_norm, rest, phase in ((1e-2, 0, NEWTON), (1e-2, 1e-2, DONE), (1e-4, 0, DONE)):
+        before = ledger(NEWTON, newton=findings(energy=1e6, rest=rest))
+        tried = seen(slope=1e-12, f=2.0 - 1e-4, grad_norm=grad_norm)
+        decision, now, _ = after(before, tried, slope=-2e-4)
+        assert (now.phase, bool(decision.taken)) == (phase, True)
 
 
 NOISY = {"t": 1e-9, "f": 2 + 1e-7, "slope": -0.2}  # 1e-10 of a decrease is promised
@@ -421,9 +473,10 @@ def test_a_step_shows_the_curvature_that_is_remembered_or_a_bottom(y_norm, slope
 
 
 def test_the_whole_gradient_has_to_fall_before_the_end():
-    for grad_norm, phase in ((0.02, DONE), (0.05, NEWTON)):
+    for grad_norm, noise, phase in ((0.02, 1, DONE), (0.02, 0.1, NEWTON), (0.05, 1, NEWTON)):
         trial = seen(f=2 - 0.5e-12, slope=0.0, grad_norm=grad_norm)
-        _, now, _ = after(ledger(NEWTON), trial, slope=-1e-12)
+        before = ledger(NEWTON, newton=findings(noise=noise))
+        _, now, _ = after(before, trial, slope=-1e-12)
         assert now.phase == phase
 
 

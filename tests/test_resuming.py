@@ -96,12 +96,14 @@ def test_the_step_before_is_remembered():
 
 
 @pytest.mark.slow
-def test_with_an_optax_line_search_it_is_the_same_solve():
-    """Its state is handed over, too."""
+@pytest.mark.parametrize("size", [7, 20])
+def test_with_an_optax_line_search_it_is_the_same_solve(optimized, size):
+    """Its state is handed over, too, and it may round the objective in its own way."""
     solver = dl.LBFGS(linesearch=optax.scale_by_zoom_linesearch(20))
     whole = in_one_piece(START, solver=solver)
-    sol, chunks, total, _ = in_chunks(START, 20, solver=solver)
+    sol, chunks, total, steps = in_chunks(START, size, solver=solver)
     assert jnp.array_equal(sol.value, whole.value)
+    assert steps == whole.stats.num_steps
     assert total == work(whole) + chunks - 1
     other = dl.minimize(valley, START, 100.0, max_steps=20, throw=False)
     warm = dl.minimize(valley, START, 100.0, solver=solver, state=other.state)  # a warm start
@@ -109,12 +111,14 @@ def test_with_an_optax_line_search_it_is_the_same_solve():
 
 
 def test_another_theta_or_a_solve_that_had_ended_is_a_warm_start():
-    part = dl.minimize(valley, START, 100.0, max_steps=20, throw=False)
-    same = dl.minimize(valley, START, 100.0, max_steps=1, throw=False, state=part.state)
-    moved = dl.minimize(
-        valley, START, 100.0 * (1 + 1e-12), max_steps=1, throw=False, state=part.state
-    )
-    next_ = dl.minimize(valley, START, 100.0, max_steps=21, throw=False)
+    def go_on(state, theta, steps):
+        return dl.minimize(valley, START, theta, max_steps=steps, throw=False, state=state)
+
+    first = dl.minimize(valley, START, 100.0, max_steps=1, throw=False)  # see `in_one_piece`
+    part = go_on(first.state, 100.0, 19)
+    same = go_on(part.state, 100.0, 1)
+    moved = go_on(part.state, 100.0 * (1 + 1e-12), 1)
+    next_ = go_on(first.state, 100.0, 20)
     assert jnp.array_equal(same.value, next_.value)
     assert not jnp.array_equal(moved.value, next_.value)
     assert moved.state.ledger.num_steps == 1

@@ -91,9 +91,9 @@ def known_minimizer(
         RuntimeError: if `x` is not a minimizer or the adjoint did not converge, and `throw` is set.
 
     Note:
-        `x` counts as the minimizer if the Newton step from it is short and contracts, or the
-        gradient is at most `atol`, and no negative curvature was seen; docs/how_it_works.md has the
-        formulas.
+        `x` counts as the minimizer if the Newton step from it is short and contracts, and the
+        Hessian changes by at most `rtol` along it, or the gradient is at most `atol`; and if no
+        negative curvature was seen. docs/how_it_works.md has the formulas.
 
         It costs two evaluations of `f` with its gradient and the Hessian-vector products of one
         Newton step: up to 64 variables as many as variables, batched, and all eigenvalues are
@@ -170,12 +170,15 @@ class Check(eqx.Module):
         g_after = face.free(gradient_after)
         unit = _vector.unit(step.d)
         along, before = jnp.abs(_vector.dot(g_after, unit)), jnp.abs(_vector.dot(g, unit))
-        contracts = step.solved & (along <= _phases.CONTRACTION * before)
         size = jnp.sqrt(step.energy)
+        q = along / _vector.nonzero(before)
+        change = _phases.change(q, grad_norm, _vector.norm(g_after), step.rest, step.noise)
+        even = 2 * change <= self.rtol
+        contracts = step.solved & (along <= _phases.CONTRACTION * before)
         small = step.solved & (step.decrement <= self.rtol * size)
         tiny = step.decrement <= rounding(size)
         # As a search: a step at rounding level cannot contract, and says no more.
-        limit = step.solved & (step.decrement <= _vector.epsilon(x) ** 0.5 * size)
+        limit = step.solved & even & (step.decrement <= _vector.epsilon(x) ** 0.5 * size)
 
         curvature = jnp.maximum(step.curvature, _memory.Pair(step.d, g_after - g).curvature())
         curvature = jnp.where(jnp.isfinite(curvature), curvature, 0)
@@ -184,7 +187,7 @@ class Check(eqx.Module):
         result = RESULTS.not_a_minimizer
         for flag, name in (
             (limit, RESULTS.precision_limit),
-            (small & (contracts | tiny), RESULTS.successful),
+            (small & ((contracts & even) | tiny), RESULTS.successful),
             (grad_norm <= self.atol, RESULTS.successful),
             (step.negative, RESULTS.not_a_minimizer),
             (step.negative & stationary, RESULTS.indefinite_hessian),
@@ -219,6 +222,8 @@ class _Step(eqx.Module):
     Attributes:
         d: the step.
         decrement: `λ = √(-gᵀd)`.
+        rest: `‖H d + g‖`.
+        noise: the part of `gᵀd` that may be rounding.
         energy: `xᵀHx`.
         curvature: the largest curvature seen, or that along `x`.
         solved: `H d = -g` was solved, and `d` is a descent direction, or `g` zero.
@@ -229,6 +234,8 @@ class _Step(eqx.Module):
 
     d: Float[Array, " n"]
     decrement: Scalar
+    rest: Scalar
+    noise: Scalar
     energy: Scalar
     curvature: Scalar
     solved: Flag
@@ -253,6 +260,8 @@ class _Step(eqx.Module):
             step,
             d=_vector.where(flat, nothing, grad_norm * step.d),
             decrement=_vector.where(flat, zero, grad_norm * step.decrement),
+            rest=_vector.where(flat, zero, grad_norm * step.rest),
+            noise=step.noise / _vector.nonzero(grad_norm),
             solved=step.solved | flat,
             negative=step.negative & wanted,
             finite=step.finite | ~wanted,
@@ -269,6 +278,8 @@ class _Step(eqx.Module):
         return cls(
             d=-u,
             decrement=jnp.sqrt(_vector.where(square > 0, square, 0)),
+            rest=_vector.norm(matrix @ u - b),
+            noise=rounding(jnp.abs(u) @ (jnp.abs(matrix) @ jnp.abs(x))) / _vector.nonzero(square),
             energy=jnp.maximum(_vector.dot(x, matrix @ x), 0),
             curvature=jnp.max(jnp.abs(matrix)),
             solved=(report.result == RESULTS.successful) & (square > 0),
@@ -288,6 +299,8 @@ class _Step(eqx.Module):
         return cls(
             d=d,
             decrement=jnp.sqrt(_vector.where(slope < 0, -slope, 0)),
+            rest=found.rest,
+            noise=found.noise,
             energy=found.size,
             curvature=found.size / length / length,
             solved=found.valid & found.solved,

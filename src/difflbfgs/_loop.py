@@ -68,7 +68,7 @@ class Search(eqx.Module):
             waits = _lanes.waits(now.ledger.over())
             watched = step.step | (after.ledger.over() & (after.ledger.spent().num_steps > 0))
             watch(self.callback, _record(after, step), watched & ~waits)
-            return _lanes.held(waits, now, after, lambda state: _memory.rows(state.memory))
+            return _lanes.held(waits, now, after, _pairs)
 
         def unfinished(now: State) -> Flag:
             return _lanes.anywhere(~now.ledger.over())
@@ -240,8 +240,9 @@ def _resumed(
 ) -> tuple[State, Decision, Vector]:
     """Go on as the solve would have that was not finished, if this one starts where that stood.
 
-    That is so if value and gradient are the same bit for bit, and the same variables free. The
-    memory is, too, and has the step that led there.
+    That is so if value and gradient are the same but for rounding, and the same variables free:
+    inside Optax's line searches XLA may round another way. The pairs in memory are the same, too,
+    and the newest has the step that led there.
     """
     following, ledger = _phases.resumed(unfinished.ledger)
     resumable = starting & unfinished.ledger.is_unfinished() & ~now.ledger.over()
@@ -250,8 +251,12 @@ def _resumed(
 
     def compare():
         here, there = now.point, unfinished.point
-        same = _vector.is_equal((here.x, here.f, here.g), (there.x, there.f, there.g))
-        return same & (jnp.abs(here.grad_norm - there.grad_norm) <= rounding(there.grad_norm))
+        scale = unfinished.ledger.scale
+        level = rounding(there.grad_norm) + scale.gradient_noise()
+        same = _vector.is_equal(here.x, there.x)
+        same &= jnp.abs(here.f - there.f) <= scale.noise(there.f)
+        same &= _vector.norm(_vector.sub(here.g, there.g)) <= level
+        return same & (jnp.abs(here.grad_norm - there.grad_norm) <= level)
 
     same = jax.lax.cond(_lanes.anywhere(resumable), compare, lambda: jnp.asarray(False))
     same &= resumable
@@ -259,13 +264,18 @@ def _resumed(
     unfinished = dataclasses.replace(unfinished, line=line, ledger=ledger)
     step = _memory.newest(now.memory, now.point.x, now.point.g).s
     new, old = (
-        (eqx.tree_at(lambda state: state.memory, state, None), *others)
+        (eqx.tree_at(_pairs, state, (None, None)), *others)
         for state, *others in ((unfinished, following, step), (now, decision, s))
     )
     found, decision, s = jax.lax.cond(
         _lanes.anywhere(same), lambda: _lanes.only(same, new, old), lambda: old
     )
-    return dataclasses.replace(found, memory=now.memory), decision, s
+    found = eqx.tree_at(_pairs, found, _pairs(now), is_leaf=lambda leaf: leaf is None)
+    return found, decision, s
+
+
+def _pairs(state: State) -> tuple[Any, Any]:
+    return _memory.rows(state.memory)
 
 
 def _evaluate(problem: Problem, now: State, settings: Settings) -> _Evaluated:
@@ -452,13 +462,15 @@ def _turned(now: State, decision: Decision, settings: Settings) -> State:
 def _first_length(point: Point, scale) -> Scalar:
     """Return the first length along `-g`, whatever the scales of objective and variables.
 
-    `|f| / ‖g‖²` would be half of Newton's for `f = c/2 ‖x‖²`.
+    `|f| / ‖g‖²` would be half of Newton's for `f = c/2 ‖x‖²`. What is remembered of the curvature
+    may be that of a wall far away: no step is below rounding of the variables.
     """
     room = _CAUTION * jnp.maximum(1, scale.size)
     safe = _vector.nonzero(point.grad_norm)
     step = jnp.minimum(jnp.abs(point.f) / safe, room)
     step = _vector.where((step > 0) & jnp.isfinite(step), step, room)
     t = _vector.where(scale.curvature > 0, 1 / _vector.nonzero(scale.curvature), step / safe)
+    t = jnp.maximum(t, rounding(scale.size) / safe)
     return jnp.minimum(t, 10 * room / _CAUTION / safe)
 
 
@@ -509,7 +521,7 @@ def _errors(end: State, active: Active) -> tuple[Vector, Vector]:
     left = jnp.abs(_vector.dot(g, s)) / _vector.nonzero(jnp.abs(before))
     left = jnp.clip(jnp.maximum(left, end.ledger.newton.residual), 0, 1)
     ratio = jnp.where(moved, jnp.sqrt(left), 0)
-    least = rounding(scale.curvature * scale.size)
+    least = scale.gradient_noise()
     x_error = jax.tree.map(lambda s, x: ratio * jnp.abs(s) + rounding(x), pair.s, x)
     g_error = jax.tree.map(lambda y: ratio * jnp.abs(y) + least, pair.y)
     return x_error, g_error

@@ -33,7 +33,7 @@ from difflbfgs._problem import (
     make_variables,
 )
 from difflbfgs._rule import differentiable
-from difflbfgs._solution import Outcome, Solution, short_errors
+from difflbfgs._solution import Outcome, Solution, count, short_errors
 from difflbfgs._system import AbstractAdjoint
 from difflbfgs._task import Task
 from difflbfgs._unrolled import Unrolled, UnrolledState
@@ -181,7 +181,8 @@ def make_task(
             )
     x, state = jax.lax.stop_gradient((x, state))
     wanted = None if stop is None else make_stop(stop, variables, x)
-    search = Search(x, state, solver, max_steps, callback, wanted)
+    # An array is an input of the compiled program, which any number of steps share.
+    search = Search(x, state, solver, count(max_steps), callback, wanted)
     preconditioner = own_preconditioner(adjoint, theta, variables, x)
     return Task(search, adjoint, preconditioner, throw, stops=stop is not None)
 

@@ -107,13 +107,14 @@ def newton_step(
     )
     body = _lanes.active(unfinished, advance)
     end = jax.lax.while_loop(lambda c: _lanes.anywhere(unfinished(c)), body, start)
-    u, _, _, (square, test), steps, (low, high, flat, ended), _ = end
+    u, r, _, (square, test), steps, (low, high, flat, ended), _ = end
     d = _vector.scale(-1, _vector.mul(scale, u))
     slope = _vector.dot(g, d)
     # The gradient is wrong by rounding of the largest curvature times the size of `x`, and what is
     # left of it by rounding of itself. A slope without curvature that is more leads far away.
     size_of_x = _vector.norm(jax.tree.map(jnp.divide, x, scale))
-    sloping = flat > rounding(jnp.maximum(high * size_of_x, jnp.sqrt(first)))
+    hidden = rounding(high * size_of_x)
+    sloping = flat > jnp.maximum(hidden, rounding(jnp.sqrt(first)))
     solved = (square <= _RESIDUAL * first) & ((test <= forcing) | ended | (square == 0))
     solved &= ~(ended & sloping) & jnp.isfinite(energy)
     negative = (low < -zero_curvature(high, 0.0)) | falls
@@ -124,7 +125,11 @@ def newton_step(
     steep = ~solved & sloping
     residual = jnp.where(square == 0, 0, test)
     products = spent if small else spent + steps
-    found = Findings(valid, negative, falls, steep, solved, residual, energy, size, products)
+    rest = _vector.norm(jax.tree.map(jnp.divide, r, scale))
+    noise = hidden * _vector.norm(u) / _vector.nonzero(jnp.abs(slope))
+    found = Findings(
+        valid, negative, falls, steep, solved, residual, rest, noise, energy, size, products
+    )
     return d, slope, found
 
 

@@ -26,6 +26,8 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | | contracts, or leads down to another face of the bounds | taken; NEWTON |
 | | does not; `λ²` is rounding of `xᵀHx`, or of `f` and the solve is stuck or long | DONE |
 | | the same, but the gradient is large or `rtol=0`, and `f` is seen to fall by it | SEARCH |
+| | the same, but `f` is seen to change, and the slope as at no degenerate minimum | SEARCH |
+| | the same, but `f` is seen to change, and this is the first step, and taken | NEWTON |
 | | the same, but values contradict slopes, and their noise is not known yet | SEARCH |
 | | does not; stuck | DONE, `line_search_failed` |
 | | does not, or there is no such step | SEARCH, to a smaller gradient before the next |
@@ -44,6 +46,8 @@ only if that falls to a quarter, or noise hides it. *What is left* is
 The derivative of the minimizer is that of its Hessian, which changes along `d` by about `2q` of
 itself, and so along what is left by `2q √q`. That is to be `√rtol` at most: along a flat valley a
 minimum may be near beside the energy of `x`, and not beside the length over which `H` changes.
+Changes along several directions may cancel in `q`: the part of the norm of the gradient that the
+step leaves, and conjugate gradients did not, counts like `q` if it is larger.
 """
 
 import dataclasses
@@ -71,6 +75,8 @@ HAND_OVER = 1e-3
 # At a degenerate minimum the decrement tends to zero beside the energy, and at infinity it does
 # not: along exp(-x) the ratio of their roots is 1/x.
 _DEGENERATE = 1e-2
+# To a degenerate minimum, or down an exponential, a Newton step leaves at most 1/e of its slope.
+_TAIL = 0.4
 # This many steps without progress beyond rounding, or line searches in a row that lengthened their
 # step by at least `_RUNAWAY_STEP`, to 1 or more, and found the objective as steep as before.
 _STALLED = 12
@@ -179,6 +185,8 @@ class Findings(eqx.Module):
         steep: the same along a direction that conjugate gradients met.
         solved: its equations were solved as well as was asked.
         residual: the part of `λ²` that was left of them.
+        rest: the norm of what was left of the gradient.
+        noise: the part of the slope, and of the gradient, that may be rounding at the end.
         energy: `xᵀHx`, or `sᵀHs` of the step to `x` if that is larger.
         size: `xᵀHx`, of whose size the terms of the objective are.
         products: Hessian products spent.
@@ -190,6 +198,8 @@ class Findings(eqx.Module):
     steep: Flag
     solved: Flag
     residual: Scalar
+    rest: Scalar
+    noise: Scalar
     energy: Scalar
     size: Scalar
     products: Count
@@ -226,6 +236,7 @@ class Ledger(eqx.Module):
         predicted: the decrement of the quasi-Newton model where it was last asked.
         newton: what is known of the Newton step to be tried.
         polished: Newton steps taken in a row.
+        contracted: the last of them contracted.
         achieved: the relative error that is left.
         regular: whether a Newton step showed that the minimum is one that can be differentiated.
         num_steps, num_fun_evals, num_hvps: counts.
@@ -251,6 +262,7 @@ class Ledger(eqx.Module):
     predicted: Scalar
     newton: Findings
     polished: Count
+    contracted: Flag
     achieved: Scalar
     regular: Flag
     num_steps: Count
@@ -335,6 +347,17 @@ class Decision(eqx.Module):
     length: Scalar
 
 
+def change(q: Scalar, before: Scalar, after: Scalar, rest: Scalar, noise: Scalar) -> Scalar:
+    """Return half of the part by which a Newton step shows the Hessian to change along it.
+
+    The step leaves the part `q` of the slope, and a gradient of the norm `after` of one of norm
+    `before`, of which the equations left `rest`. Less than `noise` may be rounding.
+    """
+    left = jnp.maximum(after - rest, 0) / _vector.nonzero(before)
+    most = jnp.maximum(q, left)
+    return _vector.where(most > noise, most, 0)
+
+
 def hand_over(rtol: Any, zero: Scalar, assembles: bool) -> Scalar:
     """Return the part of the reference at which to hand over, at first.
 
@@ -368,8 +391,9 @@ def first(zero: Scalar, hand_over: Any, reference: Scalar, curvature: Scalar) ->
         steps_energy=zero,
         least_energy=zero,
         predicted=inf,
-        newton=Findings(no, no, no, no, no, zero, zero, zero, none),
+        newton=Findings(no, no, no, no, no, zero, zero, zero, zero, zero, none),
         polished=none,
+        contracted=no,
         achieved=inf,
         regular=jnp.asarray(True),
         num_steps=none,
@@ -415,6 +439,7 @@ class _Polished(eqx.Module):
         contracts, kept, enough: as in the table.
         left: what is left of the error where the solve stands then, squared.
         limit: the step says no more, as `λ²` is at rounding level, and it did not contract.
+        doubtful: it would say so, but values tell more; the next one decides.
     """
 
     decrement: Scalar
@@ -424,6 +449,7 @@ class _Polished(eqx.Module):
     enough: Flag
     left: Scalar
     limit: Flag
+    doubtful: Flag
 
     @classmethod
     def of(
@@ -446,6 +472,7 @@ class _Polished(eqx.Module):
         hidden = decrement <= noise + rounds
         falls = here.f - trial.f >= 0.25 * decrement
         seen_to_fall = falls & (decrement > noise)
+        seen_to_change = seen_to_fall | (trial.f - here.f >= jnp.maximum(0.25 * decrement, noise))
         falls |= hidden & (trial.f <= level + rounds)
         contracts = (
             polishing & finite & (along <= CONTRACTION * decrement) & falls & ~seen.elsewhere()
@@ -463,23 +490,31 @@ class _Polished(eqx.Module):
         small = terms.rtol**2 * energy
         # Along the step all may be well and across it not: the whole gradient falls, or one more.
         whole = (seen.grad_norm <= _WHOLE * here.grad_norm) | hidden
-        # The Hessian changes little along what is left (see the module), or slopes can't tell. A
+        # The Hessian changes little along what is left (see the module), or rounding hides it. A
         # step that is not taken shows noise, and another one would show no more.
-        told = along > rounding(jnp.sqrt(energy * decrement))
-        even = (4 * q**3 <= terms.rtol) | ~kept | ~told
+        rest, unsure = ledger.newton.rest, ledger.newton.noise
+        bent = change(q, here.grad_norm, seen.grad_norm, rest, unsure)
+        even = 4 * bent**2 * jnp.maximum(q, bent**2) <= terms.rtol
+        even |= ~kept
         # After a step that contracted, the decrement is what that one left.
-        seen_before = (ledger.polished > 0) | tiny
+        seen_before = ledger.contracted | tiny
         enough = solved & _vector.where(
             contracts, whole & even & (left <= small), seen_before & (decrement <= small)
         )
         waited = ledger.asked | (ledger.num_steps >= _LONG)
         flat = tiny | (decrement <= rounds) | (waited & hidden)
-        # `xᵀHx` may be larger than all terms of the objective, next to a wall: it is no reason to
-        # end beside a large gradient, or if only a gradient norm was asked for.
+        limit = solved & ~contracts & flat & ~noisy
+        # `xᵀHx` may be larger than all terms of the objective, next to a wall or if the Hessian is
+        # that of a ripple. It is no reason to end if values tell more: beside a large gradient, if
+        # only a gradient norm was asked for, or along a slope that does not end as on a tail. One
+        # step that does may be on its way past an inflection, and two are not.
         steep = (terms.rtol == 0) | ~ledger.scale.may_be_noise(here.grad_norm)
-        more = seen_to_fall & steep & ~ledger.asked
-        limit = solved & ~contracts & flat & ~more & ~noisy
-        return cls(decrement, hidden, contracts, kept, enough, left, limit)
+        tail = along <= _TAIL * decrement
+        search = (seen_to_fall & steep) | (seen_to_change & ~tail)
+        again = seen_to_change & kept & (ledger.polished == 0) & ~search
+        doubtful = limit & again & ~ledger.asked
+        limit &= ~(search | again) | ledger.asked
+        return cls(decrement, hidden, contracts, kept, enough, left, limit, doubtful)
 
     def is_degenerate(self, energy: Scalar) -> Flag:
         """Return whether a step that does not contract is near a minimum all the same."""
@@ -517,12 +552,12 @@ def decide(
     search, newton = jax.lax.optimization_barrier((search, newton))
     taken = (starting & finite) | search.ended | newton.kept
     step = search.ended | search.failed | newton.kept
-    after = _after(ledger, here, seen, taken, step, noise)
+    after = _after(ledger, here, seen, taken, step, noise, newton.contracts)
     after, taken = jax.lax.optimization_barrier((after, taken))
     f, grad_norm = _vector.where(taken, (trial.f, seen.grad_norm), (here.f, here.grad_norm))
 
     more = ~newton.enough | (ledger.polished + 1 < terms.polish)
-    again = newton.kept & (newton.contracts | seen.elsewhere()) & more
+    again = newton.kept & (newton.contracts | newton.doubtful | seen.elsewhere()) & more
     failed = search.failed & ledger.fresh & ~noisy
     stuck = (searching & taken & (after.stalled >= _STALLED)) | failed
     zero = (taken | polishing) & (grad_norm == 0)
@@ -617,7 +652,13 @@ def _is_near(
 
 
 def _after(
-    ledger: Ledger, here: Here, seen: Seen, taken: Flag, step: Flag, noise: Scalar
+    ledger: Ledger,
+    here: Here,
+    seen: Seen,
+    taken: Flag,
+    step: Flag,
+    noise: Scalar,
+    contracts: Flag,
 ) -> Ledger:
     """Return the ledger with the trial in the books."""
     starting, polishing = ledger.phase == START, ledger.phase == NEWTON
@@ -650,6 +691,7 @@ def _after(
         settled=_vector.where(moved, settled, ledger.settled),
         fresh=_vector.where(step, ~taken, ledger.fresh),
         polished=_vector.where(polishing & taken, ledger.polished + 1, 0),
+        contracted=taken & contracts,
         steps_energy=_vector.where(moved, jnp.maximum(seen.curved, 0), ledger.steps_energy),
         least_energy=_vector.where(moved, bound, ledger.least_energy),
         num_steps=ledger.num_steps + step,

@@ -66,6 +66,10 @@ class Scale(eqx.Module):
         """Return whether a gradient is so small, `eps^(1/4)` of the reference."""
         return grad_norm <= jnp.finfo(grad_norm.dtype).eps ** 0.25 * self.reference()
 
+    def gradient_noise(self) -> Scalar:
+        """Return the rounding error to expect of the gradient, of curvature times size."""
+        return rounding(self.curvature * self.size)
+
     def noise(self, f: Scalar) -> Scalar:
         """Return the rounding error to expect of the objective.
 
@@ -105,7 +109,7 @@ def at_noise_level(f: Scalar, grad_norm: Scalar, predicted: Scalar, scale: Scale
     end one that makes progress. One that is stuck because squares of its gradient underflow has not
     met this limit either.
     """
-    own = scale.local & (grad_norm <= rounding(scale.curvature * scale.size))
+    own = scale.local & (grad_norm <= scale.gradient_noise())
     turn = _TURN / _short(f.dtype) * grad_norm
     kink = turn / nonzero(scale.curvature) * turn
     hidden = jnp.maximum(predicted, rounding(kink)) <= scale.noise(f)

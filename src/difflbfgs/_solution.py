@@ -58,7 +58,8 @@ class RESULTS(_OptimistixResults):
     )
     not_a_minimizer = (
         "The point given to `known_minimizer` is not shown to be a minimizer: the Newton step from "
-        "it is longer than `rtol` of the energy norm of `x`, does not contract, or does not exist. "
+        "it is longer than `rtol` of the energy norm of `x`, meets another Hessian, does not "
+        "contract, or does not exist. "
         "Solve to a smaller gradient, or hand `x` to `minimize` as its start; if the point is "
         "right as it is, loosen `rtol`, or set `atol` above the norm of the gradient."
     )
