@@ -213,13 +213,18 @@ def test_an_eager_loop_over_custom_rules_compiles_once():
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(duration_secs)
 
-    def solve(theta):
-        x0, options = jnp.ones(2), {"solver": dl.LBFGS(polish=0), "max_steps": 2, "throw": False}
-        return dl.minimize(lambda x, t: jnp.sum(scaled(x) ** 2 + t * x), x0, theta, **options).value
+    def solve(theta, max_steps=2):
+        options = {"solver": dl.LBFGS(polish=0), "max_steps": max_steps, "throw": False}
+
+        def fun(x, t):
+            return jnp.sum(scaled(x) ** 2 + t * x)
+
+        return dl.minimize(fun, jnp.ones(2), theta, **options).value
 
     first = solve(1.0)
     jax.monitoring.register_event_duration_secs_listener(listen)
     again = [solve(1.0 + k) for k in range(3)]
+    solve(1.0, max_steps=3)  # is no part of the program
     assert not compiled
     assert jnp.array_equal(first, again[0])
     rate = -1.0  # what the closure holds has changed

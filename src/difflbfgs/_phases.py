@@ -492,8 +492,8 @@ class _Polished(eqx.Module):
         whole = (seen.grad_norm <= _WHOLE * here.grad_norm) | hidden
         # The Hessian changes little along what is left (see the module), or rounding hides it. A
         # step that is not taken shows noise, and another one would show no more.
-        rest, unsure = ledger.newton.rest, ledger.newton.noise
-        bent = change(q, here.grad_norm, seen.grad_norm, rest, unsure)
+        found = ledger.newton
+        bent = change(q, here.grad_norm, seen.grad_norm, found.rest, found.noise)
         even = 4 * bent**2 * jnp.maximum(q, bent**2) <= terms.rtol
         even |= ~kept
         # After a step that contracted, the decrement is what that one left.
