@@ -7,7 +7,7 @@ the energy norm `√(xᵀHx)`. Rescaling single variables does not change it.
 | phase: the trial is | what is found | next |
 |---|---|---|
 | START: the start | not finite | DONE, `nonfinite_start` |
-| | an unfinished solve stood there, value and gradient the same | what follows there |
+| | an unfinished solve stood there; value and gradient agree to rounding | what follows there |
 | | the gradient is zero, or below `atol` without a polish | DONE, `successful` |
 | | a warm start, and the gradient is small enough to hand over | NEWTON |
 | | else | SEARCH, down the gradient, or along the direction of a warm memory |
@@ -552,7 +552,7 @@ def decide(
     search, newton = jax.lax.optimization_barrier((search, newton))
     taken = (starting & finite) | search.ended | newton.kept
     step = search.ended | search.failed | newton.kept
-    after = _after(ledger, here, seen, taken, step, noise, newton.contracts)
+    after = _after(ledger, here, seen, taken, step, noise)
     after, taken = jax.lax.optimization_barrier((after, taken))
     f, grad_norm = _vector.where(taken, (trial.f, seen.grad_norm), (here.f, here.grad_norm))
 
@@ -602,6 +602,7 @@ def decide(
             ask & ~polishing, jnp.maximum(ledger.ask_at, 2 * after.num_steps), ledger.ask_at
         ),
         hand_over=_vector.where(away, after.tightened(grad_norm), ledger.hand_over),
+        contracted=newton.kept & newton.contracts,
         # Where the energy of x vanishes, as along symmetries, the gradient says more.
         achieved=_vector.where(polishing & (energy > 0), jnp.minimum(error, ratio), ratio),
         regular=newton.is_regular(energy, terms),
@@ -652,13 +653,7 @@ def _is_near(
 
 
 def _after(
-    ledger: Ledger,
-    here: Here,
-    seen: Seen,
-    taken: Flag,
-    step: Flag,
-    noise: Scalar,
-    contracts: Flag,
+    ledger: Ledger, here: Here, seen: Seen, taken: Flag, step: Flag, noise: Scalar
 ) -> Ledger:
     """Return the ledger with the trial in the books."""
     starting, polishing = ledger.phase == START, ledger.phase == NEWTON
@@ -691,7 +686,6 @@ def _after(
         settled=_vector.where(moved, settled, ledger.settled),
         fresh=_vector.where(step, ~taken, ledger.fresh),
         polished=_vector.where(polishing & taken, ledger.polished + 1, 0),
-        contracted=taken & contracts,
         steps_energy=_vector.where(moved, jnp.maximum(seen.curved, 0), ledger.steps_energy),
         least_energy=_vector.where(moved, bound, ledger.least_energy),
         num_steps=ledger.num_steps + step,
