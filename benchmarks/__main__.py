@@ -3,7 +3,7 @@
     pip install -e ".[benchmarks]"
     python -m benchmarks [--quick | --full] [--record] [names ...]
 
-All take 40 to 60 minutes on two cores, with `--full` several hours, with `--quick` less. With
+All take about an hour on two cores, with `--full` several, with `--quick` less. With
 `--record`, which goes with `--full`, numbers go to `benchmarks/results`, pictures to `docs`, and
 the tables of docs/benchmarks.md are written anew. Exits with 1 if a claim does not hold. The
 name `ablations` stands for all rows of `ablations.py`.
